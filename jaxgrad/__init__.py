@@ -1,0 +1,60 @@
+"""jaxgrad: what a training example does to a language model, by the spectra of its gradients.
+
+The stages, in the order in which data flows through them (a later one may import an earlier one):
+
+    examples -> tokens, batches -> models -> gradients -> spectra -> measure -> program -> results
+    `analyze` wires them; `analysis` turns results into curves and tables.
+
+One dimension key, used as suffixes everywhere (`factor_BTO`):
+
+    B examples        D model width      V vocabulary            L layers
+    T tokens          F mlp width        I, O a weight's in, out
+    S response        N query heads      R singular values
+      positions       K kv heads, G query heads a kv head, H head size
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxgrad.analysis import mean_curves, summary_table
+    from jaxgrad.analyze import AnalyzeOptions, analyze, run_analysis
+    from jaxgrad.errors import UserError
+    from jaxgrad.examples import Example, read_examples
+    from jaxgrad.models import load_model
+    from jaxgrad.results import read_results
+
+# Resolved at first use, so that reading results or a --help does not wait for JAX.
+_HOME = {
+    "AnalyzeOptions": "jaxgrad.analyze",
+    "Example": "jaxgrad.examples",
+    "UserError": "jaxgrad.errors",
+    "analyze": "jaxgrad.analyze",
+    "load_model": "jaxgrad.models",
+    "mean_curves": "jaxgrad.analysis",
+    "read_examples": "jaxgrad.examples",
+    "read_results": "jaxgrad.results",
+    "run_analysis": "jaxgrad.analyze",
+    "summary_table": "jaxgrad.analysis",
+}
+
+__all__ = [
+    "AnalyzeOptions",
+    "Example",
+    "UserError",
+    "analyze",
+    "load_model",
+    "mean_curves",
+    "read_examples",
+    "read_results",
+    "run_analysis",
+    "summary_table",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxgrad' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,213 @@
+"""What every binary does around its one library call: flags in groups, help, errors, exit codes."""
+
+import dataclasses
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from absl import app, flags
+
+from jaxgrad.errors import UserError
+from jaxgrad.examples import Fields
+
+if TYPE_CHECKING:
+    from jaxgrad.analyze import AnalyzeOptions
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagGroup:
+    """Flags that stand together in --help."""
+
+    title: str
+    names: tuple[str, ...]
+
+
+def run(main: Callable[[], int | None], description: str, groups: Sequence[FlagGroup]) -> NoReturn:
+    """Parse flags, call `main`, turn what happens into an exit code.
+
+    0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
+    with a line that says how to go on. Any other exception keeps its traceback.
+    """
+
+    def parse(arguments: list[str]) -> list[str]:
+        if any(word in ("--help", "-h", "-help") for word in arguments[1:]):
+            print(help_text(os.path.basename(arguments[0]), description, groups))
+            sys.exit(0)
+        try:
+            rest = flags.FLAGS(arguments)
+        except flags.Error as error:
+            _fail(f"{error} (--help lists the flags)")
+        if len(rest) > 1:
+            _fail(f"argument {rest[1]!r} is not a flag: give --name=value (--help lists the flags)")
+        return rest
+
+    def guarded(_: list[str]) -> int | None:
+        try:
+            return main()
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print(
+                "\ninterrupted: finished batches are kept; the same command continues from them",
+                file=sys.stderr,
+            )
+            sys.stderr.flush()
+            # XLA's threads may still be at work on a batch; waiting for it is not what Ctrl-C asks.
+            os._exit(INTERRUPTED)
+
+    app.run(guarded, flags_parser=parse)
+    raise AssertionError("app.run always exits")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def help_text(program: str, description: str, groups: Sequence[FlagGroup]) -> str:
+    """The text of --help: the description, then each group's flags with defaults and meanings."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    lines = [f"usage: {program} [--flag=value ...]", "", *textwrap.wrap(description, width)]
+    for group in groups:
+        lines += ["", f"{group.title}:"]
+        for name in group.names:
+            flag = flags.FLAGS[name]
+            lines.append(f"  --{_usage(name, flag)}")
+            lines += textwrap.wrap(
+                flag.help, width, initial_indent=" " * 8, subsequent_indent=" " * 8
+            )
+    return "\n".join(lines)
+
+
+def _usage(name: str, flag: Any) -> str:
+    if flag.boolean:
+        return f"[no]{name}  (default: {'yes' if flag.default else 'no'})"
+    choices = getattr(flag.parser, "enum_values", None)
+    value = "|".join(choices) if choices else flag.parser.flag_type().upper()
+    default = "" if flag.default in (None, "") else f"  (default: {flag.default})"
+    return f"{name}={value}{default}"
+
+
+def define_input_flags() -> FlagGroup:
+    """The model and the examples."""
+    flags.DEFINE_string(
+        "model_path",
+        None,
+        "A Hugging Face directory (safetensors), a hub id, or a .gguf file. Not given: the embedded "
+        "SmolLM2-135M-Instruct.",
+    )
+    flags.DEFINE_string(
+        "data_path",
+        None,
+        "JSON list, JSON lines or Parquet of {instruction, input, output} or of {messages} records.",
+    )
+    flags.DEFINE_integer("start", 0, "Index of the first example, from 0.")
+    flags.DEFINE_integer("limit", None, "How many examples at most. Not given: all.")
+    flags.DEFINE_string("instruction_field", "instruction", "Name of the instruction's field.")
+    flags.DEFINE_string("input_field", "input", "Name of the field that may add to the instruction.")
+    flags.DEFINE_string("output_field", "output", "Name of the response's field.")
+    names = ("model_path", "data_path", "start", "limit")
+    return FlagGroup(
+        "Model and data", (*names, "instruction_field", "input_field", "output_field")
+    )
+
+
+def define_output_flags() -> FlagGroup:
+    """Where the results go."""
+    flags.DEFINE_string(
+        "output_dir", None, "Directory for the results; a run that stands there is continued."
+    )
+    flags.DEFINE_enum(
+        "output_format",
+        "parquet",
+        ["parquet", "jsonl"],
+        "jsonl: write the authors' JSONL (OUTPUT_DIR/authors.jsonl) as well; implies --extremes.",
+    )
+    return FlagGroup("Results", ("output_dir", "output_format"))
+
+
+def define_protocol_flags() -> FlagGroup:
+    """How an example becomes tokens."""
+    flags.DEFINE_enum(
+        "protocol",
+        "paper",
+        ["paper", "clean"],
+        "paper: the authors' way, to compare with. clean: exactly one BOS, and the response's tokens "
+        "found by character offsets.",
+    )
+    flags.DEFINE_enum(
+        "chat",
+        "auto",
+        ["auto", "yes", "no"],
+        "Whether the chat template is applied. auto: where the tokenizer has one.",
+    )
+    flags.DEFINE_integer("max_length", 1024, "Tokens after which an example is cut.")
+    return FlagGroup("Examples to tokens", ("protocol", "chat", "max_length"))
+
+
+def define_measure_flags() -> FlagGroup:
+    """What is measured."""
+    flags.DEFINE_string(
+        "parameters",
+        "attention",
+        "attention (q, k, v, o), mlp (gate, up, down), all (both, and an untied lm_head), or a regular "
+        "expression searched in the weights' names, such as 'layers.[0-3].self_attn.q_proj'.",
+    )
+    flags.DEFINE_enum(
+        "method",
+        "auto",
+        ["auto", "factored", "dense"],
+        "auto: from the factors where that is cheaper, else from the built matrix. factored: always "
+        "from the factors. dense: the definition, each weight's own gradient and its full SVD (slow).",
+    )
+    flags.DEFINE_bool("spectrum", False, "Keep every singular value.")
+    flags.DEFINE_bool("extremes", False, "Also find the largest and smallest entry.")
+    return FlagGroup("What is measured", ("parameters", "method", "spectrum", "extremes"))
+
+
+def define_compute_flags() -> FlagGroup:
+    """How it is computed."""
+    flags.DEFINE_integer(
+        "batch_tokens",
+        None,
+        "Padded tokens of a batch. Not given: one example at a time on a CPU, 8192 elsewhere.",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16", "float64"], "Of the weights and the arithmetic."
+    )
+    flags.DEFINE_enum(
+        "precision",
+        "highest",
+        ["highest", "high", "default"],
+        "Of the model's matrix products, on devices that have a choice.",
+    )
+    return FlagGroup("Computation", ("batch_tokens", "dtype", "precision"))
+
+
+def required(name: str, what: str) -> str:
+    """The value of a flag that has to be given."""
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is missing: {what}")
+    return value
+
+
+def analyze_options() -> "AnalyzeOptions":
+    """The flags of the protocol, measure and compute groups as options."""
+    from jaxgrad.analyze import AnalyzeOptions
+
+    values = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(AnalyzeOptions)]
+    return AnalyzeOptions(**{name: values[name].value for name in names if name in values})
+
+
+def record_fields() -> Fields:
+    """The names of a record's fields."""
+    values = flags.FLAGS
+    return Fields(values.instruction_field, values.input_field, values.output_field)

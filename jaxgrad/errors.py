@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend.
+
+Everything a user can cause (a missing file, a broken record, an unsupported model) raises `UserError`
+with one line that says what is wrong, where, and how to mend it. The binaries print that line and exit
+with code 2; any other exception is a bug of ours and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A bad input. The message is one line: what, where, how to mend."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

@@ -1,0 +1,206 @@
+"""One example's weight gradients: as factors (X, D), or as matrices (the definition).
+
+For a linear map Y = X W^T the gradient of one example's loss is G = D^T X, with X [T, I] the inputs
+and D [T, O] the loss's derivative by the outputs. X is sown by the decoder and D is the gradient by a
+zero added to the output (a tap), so a forward and a backward pass give both and no G is built.
+
+Everything here is for one example; batches are `jax.vmap`'s job (see `measure`).
+"""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxgrad.errors import UserError
+from jaxgrad.models.config import DecoderConfig
+from jaxgrad.models.decoder import PROJECTIONS, wide
+
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which weights are measured: projection name -> its layers, ascending; (0,) for `lm_head`."""
+
+    layers: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The projections, in the decoder's order."""
+        return tuple(name for name, _ in self.layers)
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return dict(self.layers)[name]
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices an example."""
+        return sum(len(layers) for _, layers in self.layers)
+
+
+def parameter_names(config: DecoderConfig) -> dict[str, tuple[str, int]]:
+    """Hugging Face name of every measurable weight -> (projection, layer), in the decoder's order."""
+    blocks = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
+    names = {
+        f"model.layers.{layer}.{block}.{projection}_proj.weight": (projection, layer)
+        for projection, block in blocks.items()
+        for layer in range(config.num_layers)
+    }
+    if not config.tied_embeddings:
+        # A tied head shares its weight with the embedding, whose gradient is not that of a linear map.
+        names["lm_head.weight"] = ("lm_head", 0)
+    return names
+
+
+def select_parameters(config: DecoderConfig, parameters: str) -> Selection:
+    """Resolve --parameters: "attention", "mlp", "all", or a regular expression on the weights' names.
+
+    Raises:
+        UserError: the expression is broken, or matches nothing.
+    """
+    names = parameter_names(config)
+    groups = {"attention": ATTENTION, "mlp": MLP, "all": tuple(PROJECTIONS)}
+    if parameters in groups:
+        chosen = [place for place in names.values() if place[0] in groups[parameters]]
+    else:
+        try:
+            pattern = re.compile(parameters)
+        except re.error as error:
+            raise UserError(
+                f"--parameters {parameters!r} is not a regular expression: {error}"
+            ) from error
+        chosen = [place for name, place in names.items() if pattern.search(name)]
+        if not chosen:
+            first, last = next(iter(names)), list(names)[-1]
+            raise UserError(
+                f"--parameters {parameters!r} matches none of the {len(names)} weights "
+                f"({first} ... {last}); give attention, mlp, all, or a regular expression on these names"
+            )
+    layers: dict[str, tuple[int, ...]] = {}
+    for projection, layer in chosen:
+        layers[projection] = (*layers.get(projection, ()), layer)
+    return Selection(tuple(layers.items()))
+
+
+class ExampleArrays(NamedTuple):
+    """One example's (or, with a leading B, one batch's) arrays; see `batches.BatchArrays`."""
+
+    tokens_T: jax.Array
+    positions_S: jax.Array
+    labels_S: jax.Array
+    weights_S: jax.Array
+
+
+class Factors(NamedTuple):
+    """Factors of one projection's gradients: G = output_grad^T input, a layer at a time."""
+
+    input_LTI: jax.Array
+    output_grad_LTO: jax.Array
+
+
+def response_loss(logits_SV: jax.Array, example: ExampleArrays) -> jax.Array:
+    """Mean over response tokens of -log p(token given all before it), at least float32.
+
+    `weights_S` holds 1 / (response tokens) at response positions and 0 at padding.
+    """
+    logits_SV = logits_SV.astype(wide(logits_SV.dtype))
+    nll_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV, example.labels_S)
+    return jnp.sum(nll_S * example.weights_S.astype(nll_S.dtype))
+
+
+def _at(state: nnx.State, path: tuple[str, ...]) -> jax.Array:
+    node: Any = state
+    for name in path:
+        node = node[name]
+    return node.get_value()
+
+
+def _tap_zeros(
+    graphdef: nnx.GraphDef, state: nnx.State, example: ExampleArrays, names: tuple[str, ...]
+) -> nnx.State:
+    def forward(state: nnx.State, example: ExampleArrays) -> nnx.State:
+        # copy=True: the captures are stored on the module, so it must be this trace's own.
+        model = nnx.merge(graphdef, state, copy=True)
+        run = nnx.capture(model, nnx.Perturbation)
+        return run(example.tokens_T, example.positions_S)[1]
+
+    shapes = jax.eval_shape(forward, state, example)
+    paths = {(*PROJECTIONS[name].module, "output") for name in names}
+    taps = [(path, leaf) for path, leaf in nnx.to_flat_state(shapes) if path in paths]
+    zeros = [(path, leaf.replace(jnp.zeros(leaf.shape, leaf.dtype))) for path, leaf in taps]
+    return nnx.from_flat_state(zeros)
+
+
+def example_gradients(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    example: ExampleArrays,
+    names: tuple[str, ...],
+    *,
+    matrices: bool = False,
+) -> tuple[jax.Array, dict[str, Factors], dict[str, jax.Array]]:
+    """Loss and gradients of one example, in one forward and one backward pass.
+
+    Args:
+        graphdef: the decoder, with its weights in `state`.
+        example: tokens_T, positions_S, labels_S int32; weights_S float32.
+        names: projections to measure.
+        matrices: also differentiate by the weights themselves (method `dense`, the definition). The
+            taps ride along, because the rank bound counts the tokens that have a gradient.
+
+    Returns:
+        The loss (scalar, at least float32).
+        For each name the `Factors` over all layers (a leading axis of one for `lm_head`, whose T are
+        the response positions), in the model's dtype. Projections that share an input share its array.
+        For each name the gradient [L, O, I]; empty without `matrices`.
+    """
+    taps = _tap_zeros(graphdef, state, example, names)
+    paths = {(*PROJECTIONS[name].module, "weight") for name in names} if matrices else set()
+    flat = nnx.to_flat_state(state)
+    chosen = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path in paths])
+    rest = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path not in paths])
+
+    def loss(chosen: nnx.State, taps: nnx.State) -> tuple[jax.Array, nnx.State]:
+        model = nnx.merge(graphdef, chosen, rest, copy=True)
+        run = nnx.capture(model, nnx.Intermediate, init=taps)
+        logits_SV, captured = run(example.tokens_T, example.positions_S)
+        return response_loss(logits_SV, example), captured
+
+    differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (value, captured), (by_weight, by_tap) = differentiate(chosen, taps)
+
+    def pick(state: nnx.State, path: tuple[str, ...], stacked: bool) -> jax.Array:
+        array = _at(state, path)
+        return array if stacked else array[None]
+
+    places = {name: PROJECTIONS[name] for name in names}
+    factors = {
+        name: Factors(
+            pick(captured, place.input, place.stacked),
+            pick(by_tap, (*place.module, "output"), place.stacked),
+        )
+        for name, place in places.items()
+    }
+    dense = {
+        name: pick(by_weight, (*place.module, "weight"), place.stacked)
+        for name, place in places.items()
+        if matrices
+    }
+    return value, factors, dense
+
+
+def to_example_arrays(tokens: Any, positions: Any, labels: Any, weights: Any) -> ExampleArrays:
+    """NumPy arrays of one example or one batch as device arrays, dtypes as `ExampleArrays` needs."""
+    return ExampleArrays(
+        jnp.asarray(np.asarray(tokens, np.int32)),
+        jnp.asarray(np.asarray(positions, np.int32)),
+        jnp.asarray(np.asarray(labels, np.int32)),
+        jnp.asarray(np.asarray(weights, np.float32)),
+    )

@@ -1,0 +1,92 @@
+"""The compiled programs of a run: one for each batch shape, made once, counted and timed.
+
+XLA compiles for fixed shapes, and a compilation that nobody sees is the commonest way to lose time. So
+programs are compiled ahead of time, by name, and a run prints how many there were.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxgrad.batches import BatchArrays, BatchShape
+from jaxgrad.gradients import ExampleArrays, to_example_arrays
+from jaxgrad.measure import MeasureSettings, measure_batch
+from jaxgrad.models.config import DecoderConfig
+from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.models.load import DTYPES
+from jaxgrad.spectra import Statistics
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one program needs on its device, in bytes, from XLA's own account."""
+
+    weights: int
+    work_space: int
+    shape: BatchShape
+
+    @property
+    def total(self) -> int:
+        """Weights and work space together."""
+        return self.weights + self.work_space
+
+
+class Programs:
+    """`measure_batch` compiled for each batch shape of a run.
+
+    float64 is switched on around every trace and call: singular values are reduced to statistics in
+    float64 whatever the model's dtype, and the switch must not leak into the caller's own JAX code.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: str, settings: MeasureSettings) -> None:
+        self._settings = settings
+        with jax.enable_x64(True):
+            self._graphdef, self._state = abstract_decoder(config, DTYPES[dtype])
+        self._compiled: dict[BatchShape, Callable[..., Any]] = {}
+        self.compile_seconds = 0.0
+
+    @property
+    def num_compiled(self) -> int:
+        """Programs compiled so far."""
+        return len(self._compiled)
+
+    def compiled(self, shape: BatchShape) -> Any:
+        """The program for a batch shape, compiled at its first use."""
+        if shape not in self._compiled:
+            started = time.perf_counter()
+            B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
+            batch = ExampleArrays(
+                jax.ShapeDtypeStruct((B, T), np.int32),
+                jax.ShapeDtypeStruct((B, S), np.int32),
+                jax.ShapeDtypeStruct((B, S), np.int32),
+                jax.ShapeDtypeStruct((B, S), np.float32),
+            )
+            with jax.enable_x64(True):
+                lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
+                self._compiled[shape] = lowered.compile()
+            self.compile_seconds += time.perf_counter() - started
+        return self._compiled[shape]
+
+    def memory(self, shape: BatchShape) -> MemoryPlan:
+        """What the program for `shape` needs; compiles it."""
+        stats = self.compiled(shape).memory_analysis()
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state))
+        if stats is None:  # a backend without the account
+            return MemoryPlan(weights, 0, shape)
+        return MemoryPlan(weights, stats.temp_size_in_bytes + stats.output_size_in_bytes, shape)
+
+    def measure(
+        self, state: nnx.State, shape: BatchShape, arrays: BatchArrays
+    ) -> tuple[np.ndarray, dict[str, Statistics]]:
+        """Losses [B] and statistics [B, L, ...] of one batch, as NumPy arrays."""
+        program = self.compiled(shape)
+        with jax.enable_x64(True):
+            batch = to_example_arrays(
+                arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
+            )
+            return jax.device_get(program(state, batch))

@@ -1,0 +1,32 @@
+"""Results: what a run measured, on disk as it goes, read back as tables, in the authors' form.
+
+`schema` defines the tables, `store` writes and resumes a run directory, `read` reads one, `authors`
+turns it into the authors' JSONL and back; `files` is how every file is written.
+"""
+
+from jaxgrad.results.authors import read_authors_jsonl, write_authors_jsonl
+from jaxgrad.results.read import Results, iter_results, read_results
+from jaxgrad.results.schema import (
+    EXAMPLES_SCHEMA,
+    MATRICES_SCHEMA,
+    PROJECTIONS,
+    ExampleResult,
+    examples_table,
+    matrices_table,
+)
+from jaxgrad.results.store import RunDirectory
+
+__all__ = [
+    "EXAMPLES_SCHEMA",
+    "MATRICES_SCHEMA",
+    "PROJECTIONS",
+    "ExampleResult",
+    "Results",
+    "RunDirectory",
+    "examples_table",
+    "iter_results",
+    "matrices_table",
+    "read_authors_jsonl",
+    "read_results",
+    "write_authors_jsonl",
+]

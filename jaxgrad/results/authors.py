@@ -1,0 +1,242 @@
+"""The authors' JSONL, field for field.
+
+One line a measured example: instruction, output, loss, then one object a matrix under its Hugging
+Face parameter name, layers in order and q, k, v, o (gate, up, down) inside a layer, lm_head last:
+
+| in the file | here |
+|---|---|
+| M_mean, M_max, M_min | entry_mean, entry_max, entry_min |
+| frobenius_norm | frobenius_norm |
+| S_sum, S_max, S_min (arXiv 2410.23743) | nuclear_norm, sigma_max, sigma_min |
+| S_list instead (arXiv 2504.10766) | singular_values, with zeros up to min(rows, cols) |
+
+The follow-up's similarities (`cosine_sim`, `cosine_sim_qkvo`) are not part of these tables: they
+are passed over in reading and not written.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from jaxgrad.errors import UserError
+from jaxgrad.results.files import atomic_file
+from jaxgrad.results.read import Results, results_of
+from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, PROJECTIONS
+
+_BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
+_ENTRIES = {
+    "M_mean": "entry_mean",
+    "M_max": "entry_max",
+    "M_min": "entry_min",
+    "frobenius_norm": "frobenius_norm",
+}
+_SUMMARY = {"S_sum": "nuclear_norm", "S_max": "sigma_max", "S_min": "sigma_min"}
+_SIMILARITIES = ("cosine_sim", "cosine_sim_qkvo")
+_PARAMETER = re.compile(
+    r"model\.layers\.(\d+)\.(?:self_attn\.([qkvo])|mlp\.(gate|up|down))_proj\.weight"
+)
+# Below it the follow-up paper's scripts leave the effective rank out.
+_LEAST_NUCLEAR_NORM = 1e-12
+
+
+def write_authors_jsonl(
+    results: Results | Iterable[Results], path: str | Path, *, with_spectrum: bool = False
+) -> int:
+    """Writes the examples with status ok; the file appears whole or not at all.
+
+    Args:
+        results: A run, or `iter_results(...)` to hold one window at a time.
+        path: The file to write.
+        with_spectrum: Write S_list in place of S_sum, S_max and S_min.
+
+    Returns:
+        The number of lines.
+
+    Raises:
+        UserError: A statistic the form needs was not measured, or the file cannot be written.
+    """
+    parts = [results] if isinstance(results, Results) else results
+    count = 0
+    with atomic_file(Path(path)) as file:
+        for part in parts:
+            for record in _records(part, with_spectrum):
+                file.write(json.dumps(record).encode() + b"\n")
+                count += 1
+    return count
+
+
+def _records(results: Results, with_spectrum: bool) -> Iterator[dict[str, Any]]:
+    matrices = dict(iter(results.matrices.groupby("example_index", sort=False)))
+    measured = results.examples[results.examples["status"] == "ok"]
+    for example in measured.to_dict("records"):
+        record = {"instruction": example["instruction"], "output": example["response"]}
+        record["loss"] = float(example["loss"])
+        rows = matrices.get(example["example_index"], results.matrices[:0]).to_dict("records")
+        for row in sorted(rows, key=_place):
+            record[_parameter_name(row)] = _statistics(row, with_spectrum)
+        yield record
+
+
+def _place(row: dict[str, Any]) -> tuple[float, int]:
+    _parameter_name(row)
+    layer = math.inf if row["projection"] == "lm_head" else int(row["layer"])
+    return layer, PROJECTIONS.index(row["projection"])
+
+
+def _parameter_name(row: dict[str, Any]) -> str:
+    projection = row["projection"]
+    if projection == "lm_head":
+        return "lm_head.weight"
+    if projection not in _BLOCKS:
+        raise UserError(
+            f"The authors' files have no name for the projection {projection!r}; "
+            f"they know {', '.join(PROJECTIONS)}."
+        )
+    return f"model.layers.{row['layer']}.{_BLOCKS[projection]}.{projection}_proj.weight"
+
+
+def _statistics(row: dict[str, Any], with_spectrum: bool) -> dict[str, Any]:
+    wanted = _ENTRIES if with_spectrum else _ENTRIES | _SUMMARY
+    missing = [name for name, column in wanted.items() if pd.isna(row[column])]
+    if with_spectrum and row["singular_values"] is None:
+        missing.append("S_list")
+    if missing:
+        mend = "Measure them in a new run"
+        if {"M_max", "M_min"} & set(missing):
+            mend += " with --extremes"
+        if "S_list" in missing:
+            mend += " that keeps the singular values"
+        raise UserError(
+            f"The authors' form needs {', '.join(missing)}, which this run does not have "
+            f"(example {row['example_index']}, {_parameter_name(row)}). {mend}."
+        )
+    statistics: dict[str, Any] = {name: float(row[column]) for name, column in wanted.items()}
+    if with_spectrum:
+        spectrum = [float(value) for value in row["singular_values"]]
+        if not pd.isna(row["rows"]) and not pd.isna(row["cols"]):
+            # Stored spectra stop at the rank bound; the authors' SVD goes on to the short side.
+            spectrum += [0.0] * (min(row["rows"], row["cols"]) - len(spectrum))
+        statistics["S_list"] = spectrum
+    return statistics
+
+
+def read_authors_jsonl(path: str | Path) -> Results:
+    """Reads a file of either form; what it does not have is null.
+
+    An example's index is its place among the records, its id the same as text. From S_list come
+    singular_values, nuclear_norm, sigma_max, sigma_min and effective_rank (exp of the entropy; null
+    when the nuclear norm is below 1e-12). An example with a number that is not finite has the
+    status non_finite.
+
+    Raises:
+        UserError: The file cannot be read, or a line is not such a record; the line is named.
+    """
+    path = Path(path)
+    examples: dict[str, list] = {name: [] for name in EXAMPLES_SCHEMA.names}
+    matrices: dict[str, list] = {name: [] for name in MATRICES_SCHEMA.names}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    _read_line(f"{path}, line {number}", line, examples, matrices)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    return results_of(
+        {"authors_jsonl": str(path)},
+        pa.Table.from_pydict(examples, schema=EXAMPLES_SCHEMA),
+        pa.Table.from_pydict(matrices, schema=MATRICES_SCHEMA),
+    )
+
+
+def _read_line(
+    where: str, line: bytes, examples: dict[str, list], matrices: dict[str, list]
+) -> None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object.")
+    index = len(examples["example_index"])
+    loss = _number(where, record, "loss")
+    wrong = [] if math.isfinite(loss) else ["loss"]
+    for name, entry in record.items():
+        if name in ("instruction", "output", "loss", *_SIMILARITIES):
+            continue
+        row = _matrix_row(f"{where}, {name}", name, entry)
+        for column, values in matrices.items():
+            values.append(row.get(column))
+        matrices["example_index"][-1] = index
+        if not _all_finite(row):
+            wrong.append(name)
+    values_of_example = {
+        "example_index": index,
+        "example_id": str(index),
+        "loss": loss,
+        "status": "non_finite" if wrong else "ok",
+        "reason": f"not finite in the file: {', '.join(wrong)}" if wrong else None,
+        "instruction": _text(where, record, "instruction"),
+        "response": _text(where, record, "output"),
+    }
+    for column, values in examples.items():
+        values.append(values_of_example.get(column))
+
+
+def _text(where: str, record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} is not a text.")
+    return value
+
+
+def _number(where: str, record: dict[str, Any], name: str) -> float:
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}: {name} is not a number.")
+    return float(value)
+
+
+def _matrix_row(where: str, name: str, entry: Any) -> dict[str, Any]:
+    match = _PARAMETER.fullmatch(name)
+    if not isinstance(entry, dict) or not (match or name == "lm_head.weight"):
+        raise UserError(f"{where}: neither a known field nor a known weight with its statistics.")
+    unknown = sorted(set(entry) - {*_ENTRIES, *_SUMMARY, "S_list"})
+    if unknown:
+        raise UserError(f"{where}: no such statistic: {', '.join(unknown)}.")
+    row: dict[str, Any] = {"layer": None, "projection": "lm_head"}
+    if match:
+        row = {"layer": int(match[1]), "projection": match[2] or match[3]}
+    for field, column in (_ENTRIES | _SUMMARY).items():
+        if field in entry:
+            row[column] = _number(where, entry, field)
+    if "S_list" in entry:
+        row |= _of_spectrum(where, entry["S_list"])
+    return row
+
+
+def _of_spectrum(where: str, values: Any) -> dict[str, Any]:
+    try:
+        sigma = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        sigma = np.empty((0, 0))
+    if not isinstance(values, list) or sigma.ndim != 1 or sigma.size == 0:
+        raise UserError(f"{where}: S_list is not a list of numbers.")
+    total = float(sigma.sum())
+    row: dict[str, Any] = {"singular_values": sigma, "nuclear_norm": total}
+    row |= {"sigma_max": float(sigma.max()), "sigma_min": float(sigma.min())}
+    if math.isfinite(total) and total >= _LEAST_NUCLEAR_NORM:
+        p = sigma[sigma > 0] / total
+        row["effective_rank"] = float(np.exp(-np.sum(p * np.log(p))))
+    return row
+
+
+def _all_finite(row: dict[str, Any]) -> bool:
+    numbers = [value for value in row.values() if isinstance(value, float)]
+    return all(map(math.isfinite, numbers))

@@ -1,0 +1,156 @@
+"""Writing so that a kill or a full disk at any moment leaves whole files only."""
+
+import errno
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from jaxgrad.errors import UserError
+
+# Pandas and Arrow pass over names that start with a dot when they read a folder of parts.
+_TEMPORARY = re.compile(r"\..+\.tmp")
+
+# The locks this process holds, by real path. A lock belongs to the process and not to an object, so
+# that a run which failed in a notebook can be opened again there.
+_locks: dict[str, int] = {}
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """The user's line for a file or folder that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"The disk is full: {path} could not be written. Nothing written before is lost: "
+            "free some space and run the same command again."
+        )
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        reason = "a file is in the way"
+    else:
+        reason = error.strerror or str(error)
+    return UserError(f"Cannot write {path}: {reason}. Choose a place that can be written.")
+
+
+def temporary_path(path: Path) -> Path:
+    """The name under which a file is written before it gets its own."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def sync_folder(path: Path) -> None:
+    """Flushes a folder's entries (names made, replaced and removed) to the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; there is nothing better to do there.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears under its name whole and on the disk, or not at all.
+
+    Raises:
+        UserError: It cannot be written; a full disk has its own line.
+    """
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
+
+
+def remove_files(files: Iterable[Path]) -> None:
+    """Removes files, then flushes their folders.
+
+    Raises:
+        UserError: One cannot be removed.
+    """
+    folders = set()
+    for file in files:
+        folders.add(file.parent)
+        try:
+            os.unlink(file)
+        except OSError as error:
+            raise write_error(file, error) from error
+    for folder in folders:
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            raise write_error(folder, error) from error
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none when there is no such folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def temporaries_in(folder: Path) -> list[Path]:
+    """What a killed process left half written in a folder."""
+    return [folder / name for name in names_in(folder) if _TEMPORARY.fullmatch(name)]
+
+
+def probe_folder(path: Path) -> None:
+    """Tests that files can be written in a folder, or in the parent it would be made in.
+
+    Raises:
+        UserError: They cannot.
+    """
+    place = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        # Without a name where the system can: a kill in here leaves nothing.
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def lock_folder(path: Path) -> None:
+    """Keeps other processes from writing a folder until `unlock_folder` or the process's end.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    name = os.path.realpath(path)
+    if name in _locks:
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise UserError(
+            f"Another process is writing {path}. Wait for it, or give another --output_dir."
+        ) from error
+    except OSError:
+        # Some network file systems cannot lock a folder; a run there goes unguarded.
+        os.close(folder)
+        return
+    _locks[name] = folder
+
+
+def unlock_folder(path: Path) -> None:
+    """Gives a folder free; harmless when it is not locked."""
+    folder = _locks.pop(os.path.realpath(path), None)
+    if folder is not None:
+        os.close(folder)

@@ -1,0 +1,211 @@
+"""The statistics of a gradient matrix, from its singular values and its factors.
+
+| case | what comes out |
+|---|---|
+| zero gradient | all norms 0; effective and stable rank, condition number NaN (undefined) |
+| rank 1 | effective and stable rank 1 |
+| T_live < min(O, I) | sigma_min is 0, where a full SVD prints rounding noise |
+| nuclear norm < 1e-12 | effective rank NaN (undefined) |
+| a NaN or infinity in a factor | every statistic NaN, `rank_bound` still counted |
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad.spectra.algorithms import (
+    Algorithm,
+    build_matrix,
+    factored_values,
+    prepare_input,
+)
+from jaxgrad.spectra.linalg import singular_values
+
+EFFECTIVE_RANK_FLOOR = 1e-12  # a nuclear norm below has no effective rank (design, section 1)
+EXTREMES_TILE = 128  # rows of G that are held at once while its extremes are sought
+
+
+class Statistics(NamedTuple):
+    """Numbers of one gradient matrix G [O, I]; arrays with leading axes under `vmap`.
+
+    float64 where the backend runs with x64, else float32; `rank_bound` int32. `entry_max` and
+    `entry_min` are NaN unless asked for. `singular_values` [min(T, O, I)], descending, zero beyond
+    the rank bound.
+    """
+
+    nuclear_norm: jax.Array
+    sigma_max: jax.Array
+    sigma_min: jax.Array
+    frobenius_norm: jax.Array
+    entry_mean: jax.Array
+    entry_max: jax.Array
+    entry_min: jax.Array
+    effective_rank: jax.Array
+    stable_rank: jax.Array
+    condition_number: jax.Array
+    rank_bound: jax.Array
+    singular_values: jax.Array
+
+
+def shared_input_statistics(
+    input_TI: jax.Array,
+    output_grads: dict[str, jax.Array],
+    algorithms: dict[str, Algorithm],
+    *,
+    extremes: bool,
+) -> dict[str, Statistics]:
+    """Statistics of the gradients D^T X of all projections that share the input X.
+
+    Args:
+        input_TI: X, float. Rows where every D is zero change nothing.
+        output_grads: projection -> D [T, O].
+        algorithms: projection -> how to take its singular values; X is factorized once for each
+            algorithm that occurs.
+        extremes: also find the largest and smallest entry, by tiles of G.
+    """
+    input_TI = _at_least_float32(input_TI)
+    input_is_finite = jnp.all(jnp.isfinite(input_TI))
+    # LAPACK may loop on NaN: it gets zeros instead, and the statistics become NaN at the end.
+    input_TI = jnp.where(input_is_finite, input_TI, jnp.zeros_like(input_TI))
+    prepared = {way: prepare_input(input_TI, way) for way in sorted(set(algorithms.values()))}
+    results = {}
+    for name, grad_TO in output_grads.items():
+        grad_TO = _at_least_float32(grad_TO)
+        finite = input_is_finite & jnp.all(jnp.isfinite(grad_TO))
+        rank_bound = _rank_bound(grad_TO, input_TI.shape[-1])
+        grad_TO = jnp.where(finite, grad_TO, jnp.zeros_like(grad_TO))
+        grad_TO, exponent = _scale_to_one(grad_TO)
+        way = algorithms[name]
+        sigma_R = factored_values(prepared[way], grad_TO, way)
+        mean = _entry_mean(input_TI, grad_TO)
+        largest, smallest = _extremes(input_TI, grad_TO) if extremes else (jnp.nan, jnp.nan)
+        num_out, num_in = grad_TO.shape[-1], input_TI.shape[-1]
+        sigma_R = sigma_R[: min(grad_TO.shape[-2], num_out, num_in)]
+        results[name] = _describe(
+            sigma_R, (mean, largest, smallest), exponent, rank_bound, (num_out, num_in), finite
+        )
+    return results
+
+
+def matrix_statistics(
+    matrix_OI: jax.Array, output_grad_TO: jax.Array, *, extremes: bool
+) -> Statistics:
+    """Statistics of a gradient matrix by its full SVD: method `dense`, the definition.
+
+    Args:
+        matrix_OI: G, float.
+        output_grad_TO: D, of which only the rows that are not zero are counted, for the rank bound.
+        extremes: also give the largest and smallest entry.
+    """
+    matrix_OI = _at_least_float32(matrix_OI)
+    finite = jnp.all(jnp.isfinite(matrix_OI))
+    matrix_OI = jnp.where(finite, matrix_OI, jnp.zeros_like(matrix_OI))
+    matrix_OI, exponent = _scale_to_one(matrix_OI)
+    entries = _wide(matrix_OI)
+    largest, smallest = (entries.max(), entries.min()) if extremes else (jnp.nan, jnp.nan)
+    num_out, num_in = matrix_OI.shape[-2:]
+    rank_bound = _rank_bound(output_grad_TO, min(num_out, num_in))
+    sigma_R = singular_values(matrix_OI)[: min(output_grad_TO.shape[-2], num_out, num_in)]
+    return _describe(
+        sigma_R,
+        (entries.mean(), largest, smallest),
+        exponent,
+        rank_bound,
+        (num_out, num_in),
+        finite,
+    )
+
+
+def _at_least_float32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _wide(array: jax.Array) -> jax.Array:
+    """float64 with x64 on, float32 without: sums of statistics cost nothing, so they are exact."""
+    return array.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
+
+
+def _rank_bound(output_grad_TO: jax.Array, num_in: int) -> jax.Array:
+    # any(D != 0), not a sum of squares: those of the smallest rows underflow.
+    live = jnp.sum(jnp.any(output_grad_TO != 0, axis=-1), dtype=jnp.int32)
+    return jnp.minimum(live, min(output_grad_TO.shape[-1], num_in))
+
+
+def _scale_to_one(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The array over a power of two (exact) near its largest magnitude, and the exponent (int32)."""
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(array)))
+    # Two steps: 2^-exponent alone overflows for the smallest normal numbers.
+    half = exponent // 2
+    return jnp.ldexp(jnp.ldexp(array, -half), half - exponent), exponent
+
+
+def _entry_mean(input_TI: jax.Array, output_grad_TO: jax.Array) -> jax.Array:
+    """Mean of D^T X = sum_t (sum_o D_to) (sum_i X_ti) / (O I)."""
+    by_token = _wide(output_grad_TO).sum(-1) * _wide(input_TI).sum(-1)
+    return by_token.sum() / (input_TI.shape[-1] * output_grad_TO.shape[-1])
+
+
+def _extremes(input_TI: jax.Array, output_grad_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest and smallest entry of D^T X, by tiles of its rows, so that G is never whole."""
+    num_tokens, num_out = output_grad_TO.shape
+    tile = min(EXTREMES_TILE, num_out)
+    num_tiles = -(-num_out // tile)
+    # The last tile is filled by repeating the last column of D: a repeated row changes no extreme.
+    columns = jnp.minimum(jnp.arange(num_tiles * tile, dtype=jnp.int32), num_out - 1)
+    tiles_CTO = output_grad_TO[:, columns].reshape(num_tokens, num_tiles, tile).swapaxes(0, 1)
+
+    def extremes_of(tile_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
+        entries = build_matrix(input_TI, tile_TO)
+        return entries.max(), entries.min()
+
+    largest_C, smallest_C = jax.lax.map(extremes_of, tiles_CTO)
+    return _wide(largest_C.max()), _wide(smallest_C.min())
+
+
+def _describe(
+    sigma_R: jax.Array,
+    entries: tuple[jax.Array | float, jax.Array | float, jax.Array | float],
+    exponent: jax.Array,
+    rank_bound: jax.Array,
+    shape: tuple[int, int],
+    finite: jax.Array,
+) -> Statistics:
+    num_values = sigma_R.shape[-1]
+    epsilon = float(jnp.finfo(sigma_R.dtype).eps)
+    sigma_R = _wide(sigma_R)
+    index_R = jnp.arange(num_values, dtype=jnp.int32)
+    # Beyond the rank bound a value is exactly zero; what an SVD prints there is rounding noise, to
+    # which the effective rank is the most sensitive of all.
+    sigma_R = jnp.where(index_R < rank_bound, sigma_R, 0.0)
+    total, largest = sigma_R.sum(), sigma_R[0]
+    frobenius = jnp.sqrt(jnp.sum(jnp.square(sigma_R)))
+
+    def scale(value: jax.Array) -> jax.Array:
+        return jnp.where(finite, jnp.ldexp(value, exponent), jnp.nan)
+
+    positive_R = sigma_R > 0
+    share_R = jnp.where(positive_R, sigma_R / jnp.where(total > 0, total, 1.0), 1.0)
+    entropy = -jnp.sum(jnp.where(positive_R, share_R * jnp.log(share_R), 0.0))
+    has_rank = finite & (scale(total) >= EFFECTIVE_RANK_FLOOR)
+    nonzero = finite & (largest > 0)
+    divisor = jnp.where(nonzero, largest, 1.0)
+    # The numerical rank, by the cutoff of numpy.linalg.matrix_rank.
+    is_numerical = sigma_R > largest * (max(shape) * epsilon)
+    last = jnp.min(jnp.where(is_numerical, sigma_R, jnp.inf), initial=jnp.inf)
+    full = num_values == min(shape)
+    mean, top, bottom = (scale(jnp.asarray(value, sigma_R.dtype)) for value in entries)
+    return Statistics(
+        nuclear_norm=scale(total),
+        sigma_max=scale(largest),
+        sigma_min=scale(sigma_R[-1] if full else jnp.zeros_like(total)),
+        frobenius_norm=scale(frobenius),
+        entry_mean=mean,
+        entry_max=top,
+        entry_min=bottom,
+        effective_rank=jnp.where(has_rank, jnp.exp(entropy), jnp.nan),
+        stable_rank=jnp.where(nonzero, jnp.square(frobenius / divisor), jnp.nan),
+        condition_number=jnp.where(nonzero, largest / last, jnp.nan),
+        rank_bound=rank_bound,
+        singular_values=scale(sigma_R),
+    )

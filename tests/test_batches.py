@@ -1,0 +1,147 @@
+"""The grid of lengths, the plan, and what padding holds."""
+
+import numpy as np
+import pytest
+
+from jaxgrad.batches import (
+    Batch,
+    BatchShape,
+    batch_arrays,
+    bucket_length,
+    bucket_responses,
+    count_shapes,
+    plan_batches,
+    shape_bound,
+)
+from jaxgrad.errors import UserError
+from jaxgrad.examples import Example, Message
+from jaxgrad.tokens import EMPTY_RESPONSE, TokenizedExample
+
+GRID = [32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+
+
+def item(num_tokens, num_prompt, reason=None):
+    """Token ids are 1, 2, 3, ...: an id names its position, and none is the pad 0."""
+    source = Example(0, "0" * 16, (Message("user", "x"),), "y")
+    ids = np.arange(1, num_tokens + 1, dtype=np.int32)
+    return TokenizedExample(source, ids, num_prompt, False, reason)
+
+
+def random_items(seed, count, max_length):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, max_length + 1, count)
+    return [item(int(n), int(rng.integers(1, n))) for n in lengths]
+
+
+def test_length_grid():
+    for length in range(1, 513):
+        assert bucket_length(length, 512) == next(g for g in GRID if g >= length)
+
+
+@pytest.mark.parametrize("max_length", [2, 31, 32, 33, 100, 317, 512])
+def test_max_length_caps_the_grid_and_belongs_to_it(max_length):
+    grid = [g for g in GRID if g < max_length] + [max_length]
+    for length in range(1, max_length + 1):
+        assert bucket_length(length, max_length) == next(g for g in grid if g >= length)
+
+
+def test_response_grid():
+    for num_tokens in (7, 16, 40, 64, 317):
+        for n in range(1, num_tokens + 1):
+            power = 16
+            while power < n:
+                power *= 2
+            assert bucket_responses(n, num_tokens) == min(power, num_tokens)
+
+
+def test_lengths_out_of_range():
+    for length in (0, 65):
+        with pytest.raises(ValueError, match=f"{length} "):
+            bucket_length(length, 64)
+        with pytest.raises(ValueError, match=f"{length} "):
+            bucket_responses(length, 64)
+
+
+@pytest.mark.parametrize("max_length", [2, 16, 17, 32, 33, 47, 64, 100, 256])
+def test_shape_bound_is_reached_and_never_exceeded(max_length):
+    every = [item(n, p) for n in range(2, max_length + 1) for p in range(1, n)]
+    shapes = count_shapes(plan_batches(every, batch_tokens=256, max_length=max_length))
+    assert len(shapes) == shape_bound(max_length)
+
+
+def test_plan_holds_each_measurable_example_once():
+    items = random_items(0, 211, 300)
+    items[5] = item(40, 40, reason=EMPTY_RESPONSE)
+    plan = plan_batches(items, batch_tokens=700, max_length=300)
+    members = [m for batch in plan for m in batch.members]
+    assert sorted(members) == [m for m in range(len(items)) if m != 5]
+    assert plan == plan_batches(list(items), batch_tokens=700, max_length=300)
+    for batch in plan:
+        B, T, S = batch.shape.num_examples, batch.shape.num_tokens, batch.shape.num_responses
+        assert max(1, 700 // T) == B
+        assert 1 <= len(batch.members) <= B
+        assert list(batch.members) == sorted(batch.members)
+        for m in batch.members:
+            assert bucket_length(items[m].num_tokens, 300) == T
+            assert bucket_responses(items[m].num_response_tokens, T) == S
+    order = [(b.shape.num_tokens, b.shape.num_responses) for b in plan]
+    assert order == sorted(order, reverse=True)
+    # Only the last batch of a shape has empty rows, and original order runs through all of them.
+    for shape, count in count_shapes(plan).items():
+        batches = [b for b in plan if b.shape == shape]
+        assert len(batches) == count
+        assert all(len(b.members) == shape.num_examples for b in batches[:-1])
+        joined = [m for b in batches for m in b.members]
+        assert joined == sorted(joined)
+
+
+def test_a_row_longer_than_batch_tokens_stands_alone():
+    plan = plan_batches([item(90, 80), item(90, 80)], batch_tokens=64, max_length=128)
+    assert plan == [Batch(BatchShape(1, 96, 16), (0,)), Batch(BatchShape(1, 96, 16), (1,))]
+
+
+def test_empty_plans_and_bad_arguments():
+    assert plan_batches([], batch_tokens=64, max_length=64) == []
+    nothing = [item(5, 5, reason=EMPTY_RESPONSE)]
+    assert plan_batches(nothing, batch_tokens=64, max_length=64) == []
+    with pytest.raises(UserError, match="--batch_tokens=0"):
+        plan_batches(nothing, batch_tokens=0, max_length=64)
+    with pytest.raises(ValueError, match="65 is not in"):
+        plan_batches([item(65, 3)], batch_tokens=64, max_length=64)
+
+
+def test_arrays_of_one_batch():
+    items = [item(5, 5, reason=EMPTY_RESPONSE), item(37, 30), item(33, 1), item(34, 31)]
+    # Rows 1 and 3 share T = 40 and S = 16; row 2 has 32 targets.
+    plan = plan_batches(items, batch_tokens=130, max_length=64)
+    assert plan == [Batch(BatchShape(3, 40, 32), (2,)), Batch(BatchShape(3, 40, 16), (1, 3))]
+    arrays = batch_arrays(plan[1], items)
+    assert arrays.tokens_BT.shape == (3, 40)
+    assert arrays.tokens_BT.dtype == arrays.positions_BS.dtype == arrays.labels_BS.dtype == np.int32
+    assert arrays.weights_BS.dtype == np.float32
+    for row, (length, prompt) in enumerate([(37, 30), (34, 31)]):
+        n = length - prompt
+        pad = [0] * (16 - n)
+        assert arrays.tokens_BT[row].tolist() == [*range(1, length + 1), *[0] * (40 - length)]
+        assert arrays.positions_BS[row].tolist() == [*range(prompt - 1, length - 1), *pad]
+        # Ids count from 1: the token at position p + 1 is p + 2.
+        assert arrays.labels_BS[row].tolist() == [*range(prompt + 1, length + 1), *pad]
+        assert arrays.weights_BS[row].tolist() == [*[np.float32(1 / n)] * n, *pad]
+    assert not arrays.tokens_BT[2].any() and not arrays.weights_BS[2].any()
+    assert not arrays.positions_BS[2].any() and not arrays.labels_BS[2].any()
+
+
+def test_arrays_of_any_batch_weigh_the_targets_and_nothing_else():
+    items = random_items(1, 97, 150)
+    for batch in plan_batches(items, batch_tokens=500, max_length=150):
+        arrays = batch_arrays(batch, items)
+        real = arrays.weights_BS > 0
+        counts = [items[m].num_response_tokens for m in batch.members]
+        assert real.sum(axis=1).tolist() == counts + [0] * (len(real) - len(counts))
+        assert np.all(arrays.weights_BS[~real] == 0)
+        sums = arrays.weights_BS.astype(np.float64).sum(axis=1)[: len(counts)]
+        np.testing.assert_allclose(sums, 1, rtol=1e-7)
+        row, slot = np.nonzero(real)
+        following = arrays.tokens_BT[row, arrays.positions_BS[row, slot] + 1]
+        assert np.array_equal(following, arrays.labels_BS[row, slot])
+        assert np.all(following > 0)

@@ -1,0 +1,430 @@
+"""The run directory: schema, resume, refusals, and a kill at every step."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from jaxgrad.errors import UserError
+from jaxgrad.results import (
+    EXAMPLES_SCHEMA,
+    MATRICES_SCHEMA,
+    ExampleResult,
+    RunDirectory,
+    examples_table,
+    iter_results,
+    matrices_table,
+    read_results,
+)
+
+IDENTITY = {"model": {"hash": "ab12", "dtype": "float32"}, "window": 7, "protocol": "paper"}
+INFO = {"version": "0.1.0", "device": "cpu"}
+# Two windows of examples; inside, batches by length, so their order is not that of the examples.
+PLAN = {0: [[5, 0, 3], [1, 6], [4]], 1: [[11, 8], [7, 10, 9]]}
+SKIPPED = {0: [2], 1: [12]}
+COUNTS = {"measured": 11, "skipped": 2}
+
+
+class Killed(BaseException):
+    """The end of the process: nothing that handles errors may run for it."""
+
+
+def measured(index: int) -> ExampleResult:
+    spectrum = np.sort(np.random.default_rng(index).random(3))[::-1]
+    # Rows in no sorted order: the store must keep the order they come in.
+    return ExampleResult(
+        index, f"id-{index}", 17, 5, 12, index % 2 == 0, 1.5 + index, "ok", None, "q é", "r",
+        {
+            "layer": np.array([1, 0, np.nan]),
+            "projection": ["q", "o", "lm_head"],
+            "rows": np.array([5, 5, 11]),
+            "cols": np.array([3, 3, 3]),
+            "nuclear_norm": np.full(3, spectrum.sum(), np.float32),
+            "effective_rank": np.array([2.5, np.nan, 1.0]),
+            "entry_mean": np.array([np.nan, 0.5, 0.25]),
+            "rank_bound": [3, 3, 2],
+            "singular_values": [spectrum, spectrum, spectrum[:2]],
+        },
+    )  # fmt: skip
+
+
+def skipped(index: int) -> ExampleResult:
+    return ExampleResult(
+        index, f"id-{index}", 1024, 1024, 0, True, None, "skipped", "no response token", "q", "r"
+    )
+
+
+def complete(path: Path, computed: list[int] | None = None) -> None:
+    """What the analyze command does: the plan's batches that are not done, then the marks."""
+    run = RunDirectory.open(path, IDENTITY, INFO)
+    if run.finished:
+        return
+    for window, batches in PLAN.items():
+        if run.window_done(window):
+            continue
+        for number, batch in enumerate(batches):
+            if not run.batch_done(window, number):
+                run.write_batch(window, number, [measured(index) for index in batch])
+                if computed is not None:
+                    computed.extend(batch)
+        rows = [skipped(index) for index in SKIPPED[window]]
+        run.finish_window(window, rows, num_examples=7 - window)
+        run.update({"measured": window})
+    run.finish(COUNTS)
+
+
+def parts(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != "run.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    complete(path)
+    return path
+
+
+def test_schemas_are_the_public_interface():
+    assert {field.name: str(field.type) for field in EXAMPLES_SCHEMA} == {
+        "example_index": "int64", "example_id": "string", "num_tokens": "int32",
+        "num_prompt_tokens": "int32", "num_response_tokens": "int32", "truncated": "bool",
+        "loss": "double", "status": "string", "reason": "string", "instruction": "string",
+        "response": "string",
+    }  # fmt: skip
+    floats = (
+        "nuclear_norm sigma_max sigma_min frobenius_norm entry_mean entry_max entry_min "
+        "effective_rank stable_rank condition_number"
+    )
+    assert {field.name: str(field.type) for field in MATRICES_SCHEMA} == {
+        "example_index": "int64", "layer": "int32", "projection": "string", "rows": "int32",
+        "cols": "int32", **dict.fromkeys(floats.split(), "double"), "rank_bound": "int32",
+        "singular_values": "list<element: double>",
+    }  # fmt: skip
+
+
+def test_tables_of_results():
+    examples = examples_table([measured(3), skipped(4)]).to_pylist()
+    assert examples[0]["loss"] == 4.5 and examples[1]["loss"] is None
+    assert [row["status"] for row in examples] == ["ok", "skipped"]
+    table = matrices_table([measured(3), skipped(4)])
+    assert table.schema == MATRICES_SCHEMA
+    rows = table.to_pylist()
+    assert [row["layer"] for row in rows] == [1, 0, None]
+    assert [row["projection"] for row in rows] == ["q", "o", "lm_head"]
+    assert [row["effective_rank"] for row in rows] == [2.5, None, 1.0]  # undefined: null
+    assert np.isnan(rows[0]["entry_mean"])  # measured as NaN: stays
+    assert all(row["sigma_max"] is None for row in rows)  # absent
+    assert [len(row["singular_values"]) for row in rows] == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("matrices", "message"),
+    [
+        ({"layer": [0], "projection": ["q"], "sigma": [1.0]}, "no such column: sigma"),
+        ({"layer": [0], "projection": ["q"], "rows": [1, 2]}, "rows has 2 rows"),
+        ({"projection": ["q"]}, "layer and projection"),
+    ],
+)
+def test_matrices_that_do_not_fit_raise(matrices, message):
+    row = ExampleResult(0, "0", 2, 1, 1, False, 0.0, "ok", None, "", "", matrices)
+    with pytest.raises(ValueError, match=message):
+        matrices_table([row])
+
+
+def test_a_broken_character_does_not_end_a_run():
+    row = ExampleResult(0, "0", 2, 1, 1, False, 0.0, "ok", None, "a\ud800b", "é")
+    assert examples_table([row]).column("instruction").to_pylist() == ["a?b"]
+
+
+def test_a_whole_run_on_disk(undisturbed):
+    names = {"examples/part-00000.parquet", "examples/part-00001.parquet"}
+    names |= {name.replace("examples", "matrices") for name in names}
+    assert set(parts(undisturbed)) == names
+    assert sorted(os.listdir(undisturbed)) == ["examples", "matrices", "run.json"]
+    for name in names:
+        schema = EXAMPLES_SCHEMA if name.startswith("examples") else MATRICES_SCHEMA
+        assert pq.read_schema(undisturbed / name) == schema
+    examples = pd.read_parquet(f"{undisturbed}/examples")
+    assert examples["example_index"].tolist() == list(range(13))
+    assert examples.loc[examples["status"] == "skipped", "example_index"].tolist() == [2, 12]
+    matrices = pd.read_parquet(f"{undisturbed}/matrices")
+    assert matrices["example_index"].tolist() == [i for i in range(12) if i != 2 for _ in range(3)]
+    assert matrices["projection"].tolist() == ["q", "o", "lm_head"] * 11
+    run = json.loads((undisturbed / "run.json").read_text())
+    assert run["finished"] and run["identity"] == IDENTITY and run["counts"] == COUNTS
+    assert [session["info"] for session in run["sessions"]] == [INFO]
+    assert run["windows"] == 2 and run["finished_at"]
+
+
+def test_results_read_back(undisturbed):
+    results = read_results(undisturbed)
+    assert results.run["counts"] == COUNTS
+    assert str(results.examples["num_tokens"].dtype) == "Int32"
+    assert str(results.examples["truncated"].dtype) == "boolean"
+    assert str(results.matrices["layer"].dtype) == "Int32"
+    assert str(results.matrices["nuclear_norm"].dtype) == "float64"
+    five = results.matrices[results.matrices["example_index"] == 5]
+    spectrum = measured(5).matrices["singular_values"][0]
+    assert five["nuclear_norm"].tolist() == [float(np.float32(spectrum.sum()))] * 3
+    np.testing.assert_array_equal(five["singular_values"].iloc[0], spectrum)
+    windows = list(iter_results(undisturbed))
+    assert [len(part.examples) for part in windows] == [7, 6]
+    pd.testing.assert_frame_equal(
+        pd.concat([part.matrices for part in windows], ignore_index=True), results.matrices
+    )
+
+
+def test_a_finished_run_is_not_touched(undisturbed):
+    before = {file: file.stat().st_mtime_ns for file in [undisturbed, *undisturbed.rglob("*")]}
+    run = RunDirectory.open(undisturbed, IDENTITY, {"version": "9"})
+    assert run.finished and run.window_done(1) and run.batch_done(1, 1)
+    RunDirectory.probe(undisturbed)
+    with pytest.raises(ValueError, match="finished"):
+        run.write_batch(1, 0, [])
+    with pytest.raises(ValueError, match="finished"):
+        run.update({})
+    after = {file: file.stat().st_mtime_ns for file in [undisturbed, *undisturbed.rglob("*")]}
+    assert after == before
+
+
+def test_a_continued_run_computes_no_batch_twice(tmp_path, undisturbed):
+    path = tmp_path / "run"
+    run = RunDirectory.open(path, IDENTITY, INFO)
+    run.write_batch(0, 1, [measured(1), measured(6)])
+    with pytest.raises(ValueError, match="recorded already"):
+        run.write_batch(0, 1, [])
+    with pytest.raises(ValueError, match="before every window"):
+        run.finish({})
+    computed: list[int] = []
+    complete(path, computed)
+    assert sorted(computed) == [0, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert parts(path) == parts(undisturbed)
+    assert len(read_results(path).run["sessions"]) == 2
+
+
+def test_finish_window_checks_its_examples(tmp_path):
+    run = RunDirectory.open(tmp_path, IDENTITY, INFO)
+    run.write_batch(0, 0, [measured(0)])
+    with pytest.raises(ValueError, match="twice"):
+        run.finish_window(0, [skipped(0)])
+    with pytest.raises(ValueError, match="2 examples, not 3"):
+        run.finish_window(0, [skipped(1)], num_examples=3)
+    assert not run.window_done(0) and run.batch_done(0, 0)
+    run.finish_window(0, [skipped(1)], num_examples=2)
+    assert run.window_done(0) and not list((tmp_path / "journal").iterdir())
+
+
+def test_an_unfinished_run_is_read_only_when_allowed(tmp_path):
+    run = RunDirectory.open(tmp_path, IDENTITY, INFO)
+    run.write_batch(0, 0, [measured(1), measured(0)])
+    run.finish_window(0)
+    run.write_batch(1, 3, [measured(3)])
+    run.write_batch(1, 0, [measured(4), measured(2)])
+    # A matrices part alone, as a kill leaves it, is not a window.
+    (tmp_path / "matrices/part-00001.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 examples in 1 finished windows and 2 batches.*same"):
+        read_results(tmp_path)
+    with pytest.raises(UserError, match="not finished"):
+        iter_results(tmp_path)
+    results = read_results(tmp_path, allow_unfinished=True)
+    assert results.examples["example_index"].tolist() == [0, 1, 2, 3, 4]
+    assert results.matrices["example_index"].tolist() == [i for i in range(5) for _ in range(3)]
+    assert not results.run["finished"]
+
+
+def test_a_run_without_examples(tmp_path):
+    run = RunDirectory.open(tmp_path, IDENTITY, INFO)
+    run.finish({"measured": 0})
+    results = read_results(tmp_path)
+    assert len(results.examples) == len(results.matrices) == 0
+    assert list(results.matrices) == MATRICES_SCHEMA.names
+
+
+def test_another_identity_is_refused_by_name(tmp_path):
+    RunDirectory.open(tmp_path, IDENTITY, INFO).close()
+    other = {**IDENTITY, "model": {"hash": "cd34", "dtype": "float32"}, "limit": 3}
+    with pytest.raises(UserError) as refusal:
+        RunDirectory.open(tmp_path, other, INFO)
+    message = str(refusal.value)
+    assert "limit is absent there, 3 here" in message
+    assert 'model.hash is "ab12" there, "cd34" here' in message
+    assert "dtype" not in message and "more" not in message and "--output_dir" in message
+    many = {"window": 7, **{f"flag{i}": i for i in range(4)}}
+    with pytest.raises(UserError, match=r"flag0.*flag1.*flag2.*; and 4 more"):
+        RunDirectory.open(tmp_path, many, INFO)
+    # 7 and true are other settings than 7.0 and 1; a tuple is a list.
+    with pytest.raises(UserError, match=r"window is 7 there, 7\.0 here"):
+        RunDirectory.open(tmp_path, {**IDENTITY, "window": 7.0}, INFO)
+    assert len(json.loads((tmp_path / "run.json").read_text())["sessions"]) == 1
+
+
+def test_the_early_check_compares_what_both_have(tmp_path):
+    path = tmp_path / "run"
+    RunDirectory.check_compatible(path, {"protocol": "clean"})
+    assert not path.exists()
+    RunDirectory.open(path, IDENTITY, INFO).close()
+    before = (path / "run.json").read_bytes()
+    RunDirectory.check_compatible(path, {"protocol": "paper", "new": 1})
+    with pytest.raises(UserError, match='protocol is "paper" there, "clean" here'):
+        RunDirectory.check_compatible(path, {"protocol": "clean", "new": 1})
+    assert (path / "run.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match=r"no run.*thesis\.txt"):
+        RunDirectory.open(tmp_path, IDENTITY, INFO)
+    with pytest.raises(UserError, match=r"no run.*thesis\.txt"):
+        RunDirectory.check_compatible(tmp_path, {})
+    with pytest.raises(UserError, match=r"no run\.json"):
+        read_results(tmp_path)
+    with pytest.raises(UserError, match="no directory"):
+        read_results(tmp_path / "absent")
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+OTHER_FORMAT = {"format": 9, "finished": False, "identity": {}, "sessions": [], "counts": {}}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"finished": true}', json.dumps(OTHER_FORMAT)])
+def test_a_damaged_run_json_is_refused(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    for attempt in (
+        lambda: RunDirectory.open(tmp_path, IDENTITY, INFO),
+        lambda: RunDirectory.check_compatible(tmp_path, {}),
+        lambda: read_results(tmp_path),
+    ):
+        with pytest.raises(UserError, match=r"run\.json (is damaged|is not a run's|has format 9)"):
+            attempt()
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file/below", Path("/proc/self/run")):
+        with pytest.raises(UserError, match="Cannot write"):
+            RunDirectory.probe(place)
+        with pytest.raises(UserError, match="Cannot write"):
+            RunDirectory.open(place, IDENTITY, INFO)
+    RunDirectory.probe(tmp_path / "a/b/c")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_another_process_is_kept_out(tmp_path):
+    code = (
+        "import sys; from jaxgrad.results import RunDirectory\n"
+        "RunDirectory.open(sys.argv[1], {'a': 1}, {}); print('open', flush=True); input()"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(arguments, stdin=-1, stdout=-1, cwd=Path(__file__).parents[1]) as other:
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(UserError, match="Another process is writing"):
+            RunDirectory.open(tmp_path, {"a": 1}, {})
+        other.kill()
+    RunDirectory.open(tmp_path, {"a": 1}, {}).close()
+
+
+def test_a_torn_batch_is_computed_again(tmp_path, undisturbed, caplog):
+    path = tmp_path / "run"
+    run = RunDirectory.open(path, IDENTITY, INFO)
+    for number, batch in enumerate(PLAN[0]):
+        run.write_batch(0, number, [measured(index) for index in batch])
+    files = sorted((path / "journal").iterdir())
+    # Cut where Arrow itself sees no damage: at the end of the first table's stream.
+    files[0].write_bytes(files[0].read_bytes()[:-8])
+    files[1].write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        run.finish_window(0)
+    with pytest.raises(UserError, match="damaged"):
+        read_results(path, allow_unfinished=True)
+    computed: list[int] = []
+    complete(path, computed)
+    assert [record.args[1] for record in caplog.records] == [0, 1]
+    assert sorted(computed) == [0, 1, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert parts(path) == parts(undisturbed)
+
+
+def test_damaged_and_missing_parts_are_named(tmp_path):
+    path = tmp_path / "lr=3"
+    complete(path)
+    # The folder's name looks like a Hive partition: it must not become a column.
+    assert list(read_results(path).examples) == EXAMPLES_SCHEMA.names
+    file = path / "matrices/part-00001.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"matrices/part-00001\.parquet cannot be read"):
+        read_results(path)
+    file.unlink()
+    with pytest.raises(UserError, match="of 2 windows 1 have both"):
+        read_results(path)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, undisturbed):
+    path = tmp_path / "run"
+    run = RunDirectory.open(path, IDENTITY, INFO)
+    run.write_batch(0, 0, [measured(index) for index in PLAN[0][0]])
+    # The next file's temporary is a device that is always full: the writes fail for real.
+    (path / "journal/.window-00000-batch-00001.batch.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"disk is full.*Nothing written before is lost.*same"):
+        run.write_batch(0, 1, [measured(index) for index in PLAN[0][1]])
+    assert not run.batch_done(0, 1) and len(os.listdir(path / "journal")) == 1
+    computed: list[int] = []
+    complete(path, computed)
+    assert 5 not in computed and 1 in computed
+    assert parts(path) == parts(undisturbed)
+
+
+STEPS = ("replace", "fsync", "unlink", "mkdir", "rmdir")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kind", ["kill", "full"])
+def test_a_kill_or_a_full_disk_at_every_step(tmp_path, monkeypatch, undisturbed, kind, step, after):
+    """The k-th call of a step ends the run, for every k; a second run completes it."""
+    want, real = parts(undisturbed), getattr(os, step)
+    for k in range(1000):
+        path, calls = tmp_path / f"{k}", 0
+
+        def failing(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls != k + 1:  # noqa: B023
+                return real(*args, **kwargs)
+            if after:
+                real(*args, **kwargs)
+            elif step == "fsync" and os.path.isfile(f"/proc/self/fd/{args[0]}"):
+                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)  # what was not flushed
+            if kind == "kill":
+                raise Killed
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, step, failing)
+        computed: list[int] = []
+        try:
+            complete(path, computed)
+        except Killed:
+            assert kind == "kill"
+        except UserError as error:
+            assert kind == "full" and "disk is full" in str(error)
+        monkeypatch.undo()
+        if calls <= k:
+            break
+        RunDirectory.check_compatible(path, IDENTITY)
+        complete(path, computed)
+        assert parts(path) == want
+        assert sorted(os.listdir(path)) == ["examples", "matrices", "run.json"]
+        run = read_results(path).run
+        assert (run["identity"], run["counts"], run["windows"]) == (IDENTITY, COUNTS, 2)
+        # Only the batch in flight is computed again, and `computed` has it after it is recorded.
+        assert len(computed) == len(set(computed))
+    assert k >= {"replace": 13, "fsync": 26, "unlink": 5, "mkdir": 4, "rmdir": 1}[step]
