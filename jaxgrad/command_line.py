@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Fields
@@ -34,6 +34,11 @@ def run(main: Callable[[], int | None], description: str, groups: Sequence[FlagG
     with a line that says how to go on. Any other exception keeps its traceback.
     """
 
+    # Compiled programs are kept between runs: the second analysis of a model starts at once.
+    os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxgrad/compiled")
+    )
+
     def parse(arguments: list[str]) -> list[str]:
         if any(word in ("--help", "-h", "-help") for word in arguments[1:]):
             print(help_text(os.path.basename(arguments[0]), description, groups))
@@ -47,6 +52,8 @@ def run(main: Callable[[], int | None], description: str, groups: Sequence[FlagG
         return rest
 
     def guarded(_: list[str]) -> int | None:
+        # absl shows INFO by default, and JAX tells there which backends it did not find.
+        logging.set_verbosity(logging.WARNING)
         try:
             return main()
         except UserError as error:
@@ -79,9 +86,14 @@ def help_text(program: str, description: str, groups: Sequence[FlagGroup]) -> st
             flag = flags.FLAGS[name]
             lines.append(f"  --{_usage(name, flag)}")
             lines += textwrap.wrap(
-                flag.help, width, initial_indent=" " * 8, subsequent_indent=" " * 8
+                _meaning(flag), width, initial_indent=" " * 8, subsequent_indent=" " * 8
             )
     return "\n".join(lines)
+
+
+def _meaning(flag: Any) -> str:
+    # absl puts an enum's values before its help; they stand in the usage already.
+    return flag.help.split(">: ", 1)[1] if flag.help.startswith("<") else flag.help
 
 
 def _usage(name: str, flag: Any) -> str:

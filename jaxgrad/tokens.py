@@ -243,7 +243,7 @@ def _template_error(example: Example, error: Exception) -> UserError:
     )
 
 
-def tokens_digest(tokenized: Sequence[TokenizedExample]) -> str:
+def tokens_digest(tokenized: Iterable[TokenizedExample]) -> str:
     """sha256 over every example's tokens and span: two runs with one digest measure the same text."""
     digest = hashlib.sha256()
     for item in tokenized:

@@ -1,4 +1,4 @@
-"""The authors' JSONL: field for field, both forms, there and back."""
+"""Reading runs by window, and the authors' JSONL: both forms, field for field, there and back."""
 
 import json
 import math
@@ -161,6 +161,24 @@ def test_statistics_that_were_not_measured_are_refused(tmp_path):
     assert path.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="Cannot write"):
         write_authors_jsonl(bare, tmp_path / "absent/out.jsonl")
+
+
+def test_an_unfinished_run_is_read_only_when_allowed(tmp_path):
+    run = RunDirectory.open(tmp_path, {"a": 1}, {})
+    run.write_batch(0, 0, [example(1), example(0)])
+    run.finish_window(0)
+    run.write_batch(1, 3, [example(3)])
+    run.write_batch(1, 0, [example(4), example(2)])
+    # A matrices part alone, as a kill leaves it, is not a window.
+    (tmp_path / "matrices/part-00001.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 examples in 1 finished windows and 2 batches.*same"):
+        read_results(tmp_path)
+    with pytest.raises(UserError, match="not finished"):
+        iter_results(tmp_path)
+    results = read_results(tmp_path, allow_unfinished=True)
+    assert results.examples["example_index"].tolist() == [0, 1, 2, 3, 4]
+    assert results.matrices["example_index"].tolist() == [i for i in range(5) for _ in MATRICES]
+    assert not results.run["finished"]
 
 
 def test_a_run_is_written_window_by_window(tmp_path):

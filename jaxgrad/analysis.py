@@ -1,0 +1,59 @@
+"""Tables over results: mean curves over layers and their mean absolute difference. NumPy and pandas.
+
+Definitions (Li, Li & Zhou, ACL 2025): the mean curve s_X,i is the nuclear norm of projection X in
+layer i averaged over examples; MAD is 1/(N-1) sum_i |s_X,(i+1) - s_X,i|, the roughness of that curve.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from jaxgrad.errors import UserError
+
+
+def mean_curves(matrices: pd.DataFrame, statistic: str = "nuclear_norm") -> pd.DataFrame:
+    """Mean of a statistic over examples: one row a layer, one column a projection.
+
+    Args:
+        matrices: the matrices table of `read_results`; unmeasured examples have no rows in it.
+        statistic: one of its columns. Undefined values (null) are left out of the mean.
+    """
+    layered = matrices[matrices["layer"].notna()]
+    order = list(dict.fromkeys(layered["projection"]))
+    curves = layered.pivot_table(index="layer", columns="projection", values=statistic)
+    return curves[order]
+
+
+def mean_absolute_difference(curve: np.ndarray) -> float:
+    """MAD of a mean curve [N]: mean of |step| from each layer to the next; NaN for a single layer."""
+    steps = np.abs(np.diff(np.asarray(curve, np.float64)))
+    return float(steps.mean()) if steps.size else float("nan")
+
+
+def summary_table(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean nuclear norm and MAD for each run and projection.
+
+    Args:
+        runs: label -> matrices table.
+
+    Returns:
+        One row a label; columns (projection, "nuclear norm" | "MAD").
+
+    Raises:
+        UserError: a run without a single measured example.
+    """
+    rows = {}
+    for label, matrices in runs.items():
+        if matrices.empty:
+            raise UserError(f"run {label!r} has no measured example, so there is nothing to average")
+        curves = mean_curves(matrices)
+        rows[label] = {
+            (projection, name): value
+            for projection in curves
+            for name, value in (
+                ("nuclear norm", curves[projection].mean()),
+                ("MAD", mean_absolute_difference(curves[projection].to_numpy())),
+            )
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
