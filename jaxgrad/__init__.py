@@ -3,7 +3,7 @@
 The stages, in the order in which data flows through them (a later one may import an earlier one):
 
     examples -> tokens, batches -> models -> gradients -> spectra -> measure -> program -> results
-    `analyze` wires them; `analysis` turns results into curves and tables.
+    `pipeline` wires them; `analysis` turns results into curves and tables.
 
 One dimension key, used as suffixes everywhere (`factor_BTO`):
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxgrad.analysis import mean_curves, summary_table
-    from jaxgrad.analyze import AnalyzeOptions, analyze, run_analysis
+    from jaxgrad.pipeline import AnalyzeOptions, analyze, run_analysis
     from jaxgrad.errors import UserError
     from jaxgrad.examples import Example, read_examples
     from jaxgrad.models import load_model
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 # Resolved at first use, so that reading results or a --help does not wait for JAX.
 _HOME = {
-    "AnalyzeOptions": "jaxgrad.analyze",
+    "AnalyzeOptions": "jaxgrad.pipeline",
     "Example": "jaxgrad.examples",
     "UserError": "jaxgrad.errors",
-    "analyze": "jaxgrad.analyze",
+    "analyze": "jaxgrad.pipeline",
     "load_model": "jaxgrad.models",
     "mean_curves": "jaxgrad.analysis",
     "read_examples": "jaxgrad.examples",
     "read_results": "jaxgrad.results",
-    "run_analysis": "jaxgrad.analyze",
+    "run_analysis": "jaxgrad.pipeline",
     "summary_table": "jaxgrad.analysis",
 }
 

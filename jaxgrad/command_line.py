@@ -14,7 +14,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.examples import Fields
 
 if TYPE_CHECKING:
-    from jaxgrad.analyze import AnalyzeOptions
+    from jaxgrad.pipeline import AnalyzeOptions
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -33,11 +33,13 @@ def run(main: Callable[[], int | None], description: str, groups: Sequence[FlagG
     0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
     with a line that says how to go on. Any other exception keeps its traceback.
     """
-
     # Compiled programs are kept between runs: the second analysis of a model starts at once.
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxgrad/compiled")
     )
+
+    # Its advice (that torch is missing, say) is not for our users; its errors reach them through ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def parse(arguments: list[str]) -> list[str]:
         if any(word in ("--help", "-h", "-help") for word in arguments[1:]):
@@ -105,8 +107,8 @@ def _usage(name: str, flag: Any) -> str:
     return f"{name}={value}{default}"
 
 
-def define_input_flags() -> FlagGroup:
-    """The model and the examples."""
+def define_input_flags(*, limit: int | None = None) -> FlagGroup:
+    """The model and the examples; `limit` is the default of --limit, None for all."""
     flags.DEFINE_string(
         "model_path",
         None,
@@ -119,7 +121,8 @@ def define_input_flags() -> FlagGroup:
         "JSON list, JSON lines or Parquet of {instruction, input, output} or of {messages} records.",
     )
     flags.DEFINE_integer("start", 0, "Index of the first example, from 0.")
-    flags.DEFINE_integer("limit", None, "How many examples at most. Not given: all.")
+    not_given = " Not given: all." if limit is None else ""
+    flags.DEFINE_integer("limit", limit, f"How many examples at most.{not_given}")
     flags.DEFINE_string("instruction_field", "instruction", "Name of the instruction's field.")
     flags.DEFINE_string("input_field", "input", "Name of the field that may add to the instruction.")
     flags.DEFINE_string("output_field", "output", "Name of the response's field.")
@@ -162,8 +165,8 @@ def define_protocol_flags() -> FlagGroup:
     return FlagGroup("Examples to tokens", ("protocol", "chat", "max_length"))
 
 
-def define_measure_flags() -> FlagGroup:
-    """What is measured."""
+def define_method_flags() -> FlagGroup:
+    """Which weights are measured, and how."""
     flags.DEFINE_string(
         "parameters",
         "attention",
@@ -177,9 +180,15 @@ def define_measure_flags() -> FlagGroup:
         "auto: from the factors where that is cheaper, else from the built matrix. factored: always "
         "from the factors. dense: the definition, each weight's own gradient and its full SVD (slow).",
     )
+    return FlagGroup("What is measured", ("parameters", "method"))
+
+
+def define_measure_flags() -> FlagGroup:
+    """What is measured: the method group, and what is kept besides the usual statistics."""
+    group = define_method_flags()
     flags.DEFINE_bool("spectrum", False, "Keep every singular value.")
     flags.DEFINE_bool("extremes", False, "Also find the largest and smallest entry.")
-    return FlagGroup("What is measured", ("parameters", "method", "spectrum", "extremes"))
+    return FlagGroup(group.title, (*group.names, "spectrum", "extremes"))
 
 
 def define_compute_flags() -> FlagGroup:
@@ -212,7 +221,7 @@ def required(name: str, what: str) -> str:
 
 def analyze_options() -> "AnalyzeOptions":
     """The flags of the protocol, measure and compute groups as options."""
-    from jaxgrad.analyze import AnalyzeOptions
+    from jaxgrad.pipeline import AnalyzeOptions
 
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(AnalyzeOptions)]

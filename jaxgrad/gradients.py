@@ -17,9 +17,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxgrad.dtypes import at_least_float32
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import PROJECTIONS, wide
+from jaxgrad.models.decoder import PROJECTIONS
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
@@ -110,7 +111,7 @@ def response_loss(logits_SV: jax.Array, example: ExampleArrays) -> jax.Array:
 
     `weights_S` holds 1 / (response tokens) at response positions and 0 at padding.
     """
-    logits_SV = logits_SV.astype(wide(logits_SV.dtype))
+    logits_SV = logits_SV.astype(at_least_float32(logits_SV.dtype))
     nll_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV, example.labels_S)
     return jnp.sum(nll_S * example.weights_S.astype(nll_S.dtype))
 
@@ -150,7 +151,7 @@ def example_gradients(
 
     Args:
         graphdef: the decoder, with its weights in `state`.
-        example: tokens_T, positions_S, labels_S int32; weights_S float32.
+        example: tokens_T, positions_S, labels_S int32; weights_S float.
         names: projections to measure.
         matrices: also differentiate by the weights themselves (method `dense`, the definition). The
             taps ride along, because the rank bound counts the tokens that have a gradient.
@@ -202,5 +203,5 @@ def to_example_arrays(tokens: Any, positions: Any, labels: Any, weights: Any) ->
         jnp.asarray(np.asarray(tokens, np.int32)),
         jnp.asarray(np.asarray(positions, np.int32)),
         jnp.asarray(np.asarray(labels, np.int32)),
-        jnp.asarray(np.asarray(weights, np.float32)),
+        jnp.asarray(np.asarray(weights, np.float64)),
     )

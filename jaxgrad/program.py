@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from threadpoolctl import ThreadpoolController
 
 from jaxgrad.batches import BatchArrays, BatchShape
+from jaxgrad.dtypes import DTYPES
 from jaxgrad.gradients import ExampleArrays, to_example_arrays
 from jaxgrad.measure import MeasureSettings, measure_batch
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
-from jaxgrad.models.load import DTYPES
 from jaxgrad.spectra import Statistics
 
 
@@ -48,6 +49,9 @@ class Programs:
         with jax.enable_x64(True):
             self._graphdef, self._state = abstract_decoder(config, DTYPES[dtype])
         self._compiled: dict[BatchShape, Callable[..., Any]] = {}
+        # After jaxlib is in: it takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning
+        # and fight with XLA's for the cores (T = 256 on two cores: 20 s an example instead of 3).
+        self._blas = ThreadpoolController()
         self.compile_seconds = 0.0
 
     @property
@@ -64,7 +68,7 @@ class Programs:
                 jax.ShapeDtypeStruct((B, T), np.int32),
                 jax.ShapeDtypeStruct((B, S), np.int32),
                 jax.ShapeDtypeStruct((B, S), np.int32),
-                jax.ShapeDtypeStruct((B, S), np.float32),
+                jax.ShapeDtypeStruct((B, S), np.float64),
             )
             with jax.enable_x64(True):
                 lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
@@ -85,7 +89,7 @@ class Programs:
     ) -> tuple[np.ndarray, dict[str, Statistics]]:
         """Losses [B] and statistics [B, L, ...] of one batch, as NumPy arrays."""
         program = self.compiled(shape)
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), self._blas.limit(limits=1, user_api="blas"):
             batch = to_example_arrays(
                 arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
             )

@@ -118,7 +118,7 @@ def test_arrays_of_one_batch():
     arrays = batch_arrays(plan[1], items)
     assert arrays.tokens_BT.shape == (3, 40)
     assert arrays.tokens_BT.dtype == arrays.positions_BS.dtype == arrays.labels_BS.dtype == np.int32
-    assert arrays.weights_BS.dtype == np.float32
+    assert arrays.weights_BS.dtype == np.float64
     for row, (length, prompt) in enumerate([(37, 30), (34, 31)]):
         n = length - prompt
         pad = [0] * (16 - n)
@@ -126,7 +126,7 @@ def test_arrays_of_one_batch():
         assert arrays.positions_BS[row].tolist() == [*range(prompt - 1, length - 1), *pad]
         # Ids count from 1: the token at position p + 1 is p + 2.
         assert arrays.labels_BS[row].tolist() == [*range(prompt + 1, length + 1), *pad]
-        assert arrays.weights_BS[row].tolist() == [*[np.float32(1 / n)] * n, *pad]
+        assert arrays.weights_BS[row].tolist() == [*[1 / n] * n, *pad]
     assert not arrays.tokens_BT[2].any() and not arrays.weights_BS[2].any()
     assert not arrays.positions_BS[2].any() and not arrays.labels_BS[2].any()
 

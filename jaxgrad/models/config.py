@@ -16,8 +16,11 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class Rope:
     """Rotary position embedding in the half-rotation layout of Hugging Face.
 
-    `kind` "default": theta only. "linear": positions divided by `factor`. "llama3": Llama 3.1's rule,
-    which divides long wavelengths by `factor`, keeps short ones, and blends in between.
+    `kind` "default": theta only. "linear": positions divided by `factor`. "llama3": Llama 3.1's
+    rule, which divides long wavelengths by `factor`, keeps short ones, and blends in between.
+
+    Raises:
+        ValueError: "llama3" without room between the two frequency factors to blend in.
     """
 
     theta: float
@@ -26,6 +29,13 @@ class Rope:
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 1.0
     original_length: int = 1
+
+    def __post_init__(self) -> None:
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if self.kind == "llama3" and not low < high:
+            raise ValueError(
+                f"the rope's low frequency factor {low} is not below its high one {high}"
+            )
 
     def inverse_frequencies(self, head_size: int) -> np.ndarray:
         """Radians a position for each rotated pair, float64 [head_size / 2]."""
@@ -76,15 +86,18 @@ class DecoderConfig:
     tied_embeddings: bool
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, not a positive count")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}, not a positive count")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} query heads do not divide over {self.num_kv_heads} kv heads"
             )
-        if self.head_size < 2 or self.head_size % 2:
-            raise ValueError(f"the head size {self.head_size} is odd: rotary pairs need an even one")
+        if self.head_size % 2:
+            raise ValueError(
+                f"the head size {self.head_size} is odd: rotary pairs need an even one"
+            )
 
     @property
     def num_parameters(self) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxgrad.dtypes import at_least_float32
 from jaxgrad.models.config import Activation, DecoderConfig
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """Where a linear map stands in the decoder: its module, and the module and name of its input."""
+    """Where a linear map stands in the decoder: its module, and its input's module and name."""
 
     module: tuple[str, ...]
     input: tuple[str, ...]
@@ -49,11 +50,6 @@ PROJECTIONS: dict[str, Projection] = {
 }
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype of norms, softmax, rope and loss: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _sow_input(module: nnx.Module, name: str, value: jax.Array) -> None:
     module.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
@@ -68,9 +64,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((*stack, num_out), dtype)) if bias else None
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
+        """[T, I] -> [T, O]."""
         y_TO = jnp.einsum("ti,oi->to", x_TI, self.weight[...])
         if self.bias is not None:
-            y_TO = y_TO + self.bias[...]
+            y_TO = y_TO + self.bias[...][None, :]
         return self.perturb("output", y_TO)
 
 
@@ -82,9 +79,10 @@ class Norm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        x = x_TD.astype(wide(x_TD.dtype))
+        """[T, D] -> [T, D]."""
+        x = x_TD.astype(at_least_float32(x_TD.dtype))
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(x_TD.dtype) * self.weight[...]
+        return x.astype(x_TD.dtype) * self.weight[...][None, :]
 
 
 def rotate(x_TNH: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
@@ -95,8 +93,8 @@ def rotate(x_TNH: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
     return turned.astype(x_TNH.dtype)
 
 
-# Rematerialised: the scores are T x T a head and layer, which at T = 1024 is most of the memory of a
-# forward pass, and recomputing them costs a few percent.
+# Rematerialised: the scores are T x T a head and layer, which at T = 1024 is most of the memory of
+# a forward pass, and recomputing them costs a few percent.
 @jax.checkpoint
 def causal_attention(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> jax.Array:
     """Grouped-query attention over the tokens up to each position, [T, N, H]."""
@@ -105,8 +103,9 @@ def causal_attention(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> ja
     q_TKGH = q_TNH.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_size)
     scores_KGTS = jnp.einsum("tkgh,skh->kgts", q_TKGH, k_TKH) * (head_size**-0.5)
     position = np.arange(num_tokens)
-    visible_TS = position[:, None] >= position[None, :]
-    scores_KGTS = jnp.where(visible_TS, scores_KGTS.astype(wide(q_TNH.dtype)), -jnp.inf)
+    visible_11TS = (position[:, None] >= position[None, :])[None, None]
+    scores_KGTS = scores_KGTS.astype(at_least_float32(q_TNH.dtype))
+    scores_KGTS = jnp.where(visible_11TS, scores_KGTS, -jnp.inf)
     weights_KGTS = jax.nn.softmax(scores_KGTS, axis=-1).astype(q_TNH.dtype)
     return jnp.einsum("kgts,skh->tkgh", weights_KGTS, v_TKH).reshape(q_TNH.shape)
 
@@ -125,6 +124,7 @@ class Attention(nnx.Module):
         self.o = Linear(config.width, attention_width, **options)
 
     def __call__(self, x_TD: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D]; the angles are those of `Rope.cos_sin`."""
         _sow_input(self, "qkv_input", x_TD)
         num_tokens = x_TD.shape[0]
         q_TNH = self.q(x_TD).reshape(num_tokens, self.num_heads, -1)
@@ -147,6 +147,7 @@ class GatedMlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D]."""
         _sow_input(self, "gate_up_input", x_TD)
         hidden_TF = ACTIVATIONS[self.activation](self.gate(x_TD)) * self.up(x_TD)
         _sow_input(self, "down_input", hidden_TF)
@@ -164,12 +165,13 @@ class Layer(nnx.Module):
         self.mlp = GatedMlp(config, **options)
 
     def __call__(self, x_TD: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D], of one layer: `Decoder` scans over the stack."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_sin_2TH)
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 class Decoder(nnx.Module):
-    """Embedding, scanned layers, final norm, head. Weights start as zeros: a checkpoint fills them."""
+    """Embedding, scanned layers, final norm, head. Weights are zeros: a checkpoint fills them."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32):
         self.config = config
@@ -192,7 +194,7 @@ class Decoder(nnx.Module):
         x_TD = self.embedding[...][tokens_T]
         cos_sin_2TH = jnp.asarray(
             self.config.rope.cos_sin(
-                tokens_T.shape[0], self.config.head_size, np.dtype(wide(x_TD.dtype))
+                tokens_T.shape[0], self.config.head_size, np.dtype(at_least_float32(x_TD.dtype))
             )
         )
         scan = nnx.scan(

@@ -30,28 +30,64 @@ TENSOR_NAMES = {
 }
 
 
+# Metadata of the architecture -> attribute of the config.json; llama.cpp demands the first table's.
+REQUIRED = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+OPTIONAL = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+# All of them are the head size, for a model without partial rotation.
+HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+
+
+class _BoundedReader(gguf.GGUFReader):
+    """A reader that ends at the end of its file: gguf's own reads on, up to 2^64 empty values."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) != count:
+            raise ValueError(f"of {len(self.data)} bytes, it ends in what stands at byte {offset}")
+        return values
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            length = int(self._get(orig_offs + 4, np.uint64)[0])
+            if length > len(self.data):
+                raise ValueError(f"a list of {length} values at byte {orig_offs}")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 class GgufFile:
     """One GGUF file: metadata by name, and weights under their Hugging Face names.
 
     Raises:
-        UserError: missing, truncated or not a GGUF file; another architecture than llama; a metadata
-            entry of the architecture that is not understood; a tensor that is not known.
+        UserError: missing, truncated or not a GGUF file; another architecture than llama.
     """
 
     def __init__(self, path: Path) -> None:
         self.where = str(path)
         try:
-            self._reader = gguf.GGUFReader(path)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist") from None
-        # The reader has no error of its own: a cut or foreign file shows as whatever its memory map trips
-        # over.
-        except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
-            raise UserError(f"{path} is not a complete GGUF file ({error})") from error
+            self._reader = _BoundedReader(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        except Exception as error:  # the reader has no error of its own: it trips over anything
+            raise UserError(
+                f"{path} is not a complete GGUF file ({error or type(error).__name__}); "
+                "download it again"
+            ) from error
         self.architecture = self.metadata("general.architecture")
         if self.architecture != "llama":
             raise UserError(
-                f"{path}: GGUF architecture {self.architecture!r} is not supported; supported: llama"
+                f"{path}: GGUF architecture {self.architecture!r} is not supported; "
+                "supported: llama"
             )
         self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
         self._shapes = {
@@ -62,7 +98,12 @@ class GgufFile:
     def metadata(self, name: str) -> Any:
         """The value of a metadata entry, None where there is none."""
         field = self._reader.fields.get(name)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except (ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self.where}: metadata {name} is damaged ({error}); download it again"
+            ) from error
 
     def _hf_name(self, name: str) -> str:
         parts = name.split(".")
@@ -73,40 +114,33 @@ class GgufFile:
 
     def hf_config(self) -> dict[str, Any]:
         """The config.json that this file stands for."""
-        read = {
-            "context_length": "max_position_embeddings",
-            "embedding_length": "hidden_size",
-            "feed_forward_length": "intermediate_size",
-            "block_count": "num_hidden_layers",
-            "attention.head_count": "num_attention_heads",
-            "attention.head_count_kv": "num_key_value_heads",
-            "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-            "rope.dimension_count": "head_dim",
-            "vocab_size": "vocab_size",
-        }
         prefix = f"{self.architecture}."
         names = [n.removeprefix(prefix) for n in self._reader.fields if n.startswith(prefix)]
-        # Key and value sizes restate head_dim; they are checked against it below.
-        restated = {"attention.key_length", "attention.value_length"}
-        unknown = [n for n in names if n not in read and n not in restated | {"rope.freq_base"}]
-        if unknown:
+        read = REQUIRED | OPTIONAL
+        values = {name: self.metadata(prefix + name) for name in names}
+        problems = [f"{prefix}{name} is missing" for name in REQUIRED if name not in names]
+        problems += [
+            f"{prefix}{name} = {str(value)[:60]} is not known"
+            for name, value in values.items()
+            if name not in read and name not in HEAD_SIZES
+        ]
+        sizes = {name: values[name] for name in HEAD_SIZES if name in names}
+        if len(set(map(str, sizes.values()))) > 1:
+            problems.append(f"the head sizes differ: {sizes}")
+        if problems:
             raise UserError(
-                f"{self.where}: metadata not understood: "
-                + "; ".join(f"{prefix}{n} = {self.metadata(prefix + n)!r}" for n in unknown)
+                f"{self.where}: metadata not understood: {'; '.join(problems)}. Refused, because "
+                "the numbers would be another model's: give its Hugging Face directory instead"
             )
-        config = {hf: self.metadata(prefix + ours) for ours, hf in read.items() if ours in names}
-        for name in restated & set(names):
-            if self.metadata(prefix + name) != config.get("head_dim"):
-                raise UserError(f"{self.where}: {prefix}{name} differs from the rope's dimension")
-        embedding = self._tensors.get("model.embed_tokens.weight")
-        if "vocab_size" not in config and embedding is not None:
-            config["vocab_size"] = int(embedding.shape[1])
+        config = {read[name]: value for name, value in values.items() if name in read}
+        if sizes:
+            config["head_dim"] = next(iter(sizes.values()))
+        embedding = self._shapes.get("model.embed_tokens.weight")
+        if embedding:
+            config.setdefault("vocab_size", embedding[0])
         return config | {
             "model_type": "llama",
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": self.metadata(prefix + "rope.freq_base") or 10000.0,
-            },
+            "hidden_act": "silu",
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
         }
 
@@ -114,17 +148,19 @@ class GgufFile:
         """Every tensor's Hugging Face name and shape."""
         return self._shapes
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, dequantized to float32 (or in the file's own float), in Hugging Face's layout."""
+    def why_unreadable(self, name: str) -> str | None:
+        """The quantizations that gguf cannot undo; a weight's first row tells."""
         tensor = self._tensors[name]
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            gguf.dequantize(tensor.data[:1], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
-            raise UserError(
-                f"{self.where}: {name} is quantized as {tensor.tensor_type.name}, "
-                f"which cannot be read ({error})"
-            ) from error
-        values = values.reshape(self._shapes[name])
+            return f"is of type {tensor.tensor_type.name}, which gguf cannot dequantize ({error})"
+        return None
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in Hugging Face's layout, dequantized to float32."""
+        tensor = self._tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self._shapes[name])
         if name.endswith("q_proj.weight"):
             return _undo_pair_interleaving(values, self.metadata("llama.attention.head_count"))
         if name.endswith("k_proj.weight"):

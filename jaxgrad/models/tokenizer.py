@@ -16,6 +16,7 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def _pre_tokenizer(name: Any, where: str) -> Any:
@@ -41,23 +42,38 @@ def _pre_tokenizer(name: Any, where: str) -> Any:
 
 def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer that a byte-level BPE GGUF file was made from."""
+    try:
+        return _build_from_gguf(file)
+    except UserError:
+        raise
+    except Exception as error:  # lists of another length, ids without a token, broken merges, ...
+        raise UserError(
+            f"{file.where}: the tokenizer in its metadata is incomplete or damaged "
+            f"({type(error).__name__}: {error}); download the file again"
+        ) from error
+
+
+def _build_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
     kind = file.metadata("tokenizer.ggml.model")
     if kind != "gpt2":
         raise UserError(
-            f"{file.where}: tokenizer model {kind!r} is not supported in a GGUF file; supported: gpt2 "
-            "(byte-level BPE). Use the model's Hugging Face directory instead"
+            f"{file.where}: tokenizer model {kind!r} is not supported in a GGUF file; supported: "
+            "gpt2 (byte-level BPE). Use the model's Hugging Face directory instead"
         )
-    tokens: list[str] = file.metadata("tokenizer.ggml.tokens")
-    types: list[int] = file.metadata("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in file.metadata("tokenizer.ggml.merges")]
+    lists = {n: file.metadata(f"tokenizer.ggml.{n}") for n in ("tokens", "token_type", "merges")}
+    missing = [f"tokenizer.ggml.{name}" for name, values in lists.items() if values is None]
+    if missing:
+        raise UserError(f"{file.where} has no {', '.join(missing)}; download the file again")
+    tokens: list[str] = lists["tokens"]
+    types: list[int] = lists["token_type"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise ValueError("a token stands there twice")
+    merges = [tuple(merge.split(" ")) for merge in lists["merges"]]
     # Llama 3 prefers a whole word of the vocabulary to the product of its merges.
     pre = file.metadata("tokenizer.ggml.pre")
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=pre == "llama-bpe",
-        )
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
     )
     tokenizer.pre_tokenizer = _pre_tokenizer(pre, file.where)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,7 +87,7 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         token_id = file.metadata(f"tokenizer.ggml.{theirs}_token_id")
         if token_id is not None:
             named[f"{ours}_token"] = tokens[token_id]
-    # llama.cpp's default for byte-level BPE: no BOS, unless the architecture's rule or the file says so.
+    # llama.cpp's default for byte-level BPE: no BOS, unless the splitting rule or the file says so.
     adds_bos = file.metadata("tokenizer.ggml.add_bos_token")
     if adds_bos if adds_bos is not None else pre == "llama-bpe":
         bos = named["bos_token"]
@@ -89,11 +105,22 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
 
 def tokenizer_from_directory(directory: Path) -> PreTrainedTokenizerFast:
     """The directory's tokenizer; `trust_remote_code` is never given, so no code from it runs."""
+    if not any((directory / name).exists() for name in VOCABULARIES):
+        raise UserError(
+            f"{directory} has no tokenizer: tokenizer.json is missing; copy the tokenizer's files "
+            "from the model that this one was made from"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # transformers raises nearly anything on a broken tokenizer
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{directory}: no usable tokenizer ({first_line})") from error
-    if not tokenizer.is_fast:
+        told = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{directory}: the tokenizer cannot be read ({type(error).__name__}: {told}); "
+            "download its files (tokenizer.json, tokenizer_config.json) again"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: the tokenizer is a slow one; add its tokenizer.json")
+    # transformers makes a tokenizer of nothing but special tokens where the vocabulary is empty.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"{directory}: the tokenizer has no vocabulary; add its tokenizer.json")
     return tokenizer

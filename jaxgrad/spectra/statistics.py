@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxgrad.dtypes import at_least_float32
 from jaxgrad.spectra.algorithms import (
     Algorithm,
     build_matrix,
@@ -64,14 +65,14 @@ def shared_input_statistics(
             algorithm that occurs.
         extremes: also find the largest and smallest entry, by tiles of G.
     """
-    input_TI = _at_least_float32(input_TI)
+    input_TI = input_TI.astype(at_least_float32(input_TI.dtype))
     input_is_finite = jnp.all(jnp.isfinite(input_TI))
     # LAPACK may loop on NaN: it gets zeros instead, and the statistics become NaN at the end.
     input_TI = jnp.where(input_is_finite, input_TI, jnp.zeros_like(input_TI))
     prepared = {way: prepare_input(input_TI, way) for way in sorted(set(algorithms.values()))}
     results = {}
     for name, grad_TO in output_grads.items():
-        grad_TO = _at_least_float32(grad_TO)
+        grad_TO = grad_TO.astype(at_least_float32(grad_TO.dtype))
         finite = input_is_finite & jnp.all(jnp.isfinite(grad_TO))
         rank_bound = _rank_bound(grad_TO, input_TI.shape[-1])
         grad_TO = jnp.where(finite, grad_TO, jnp.zeros_like(grad_TO))
@@ -98,7 +99,7 @@ def matrix_statistics(
         output_grad_TO: D, of which only the rows that are not zero are counted, for the rank bound.
         extremes: also give the largest and smallest entry.
     """
-    matrix_OI = _at_least_float32(matrix_OI)
+    matrix_OI = matrix_OI.astype(at_least_float32(matrix_OI.dtype))
     finite = jnp.all(jnp.isfinite(matrix_OI))
     matrix_OI = jnp.where(finite, matrix_OI, jnp.zeros_like(matrix_OI))
     matrix_OI, exponent = _scale_to_one(matrix_OI)
@@ -115,10 +116,6 @@ def matrix_statistics(
         (num_out, num_in),
         finite,
     )
-
-
-def _at_least_float32(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _wide(array: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings, Method
-from jaxgrad.models import Checkpoint, LoadedModel, open_checkpoint
+from jaxgrad.models import Checkpoint, DecoderConfig, LoadedModel, open_checkpoint
 from jaxgrad.program import MemoryPlan, Programs
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.rows import example_results, skipped_result
@@ -96,7 +96,7 @@ def analyze(
         UserError: an option that does not fit the model.
     """
     options = dataclasses.replace(options, dtype=model.dtype)
-    tokenized = _tokenize(model.tokenizer, model.config.max_positions, examples, options)
+    tokenized = _tokenize(model.tokenizer, model.config, examples, options)
     programs = Programs(model.config, model.dtype, _settings(model.config, options))
     for window in _windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
@@ -145,9 +145,7 @@ def run_analysis(
             _write_jsonl(output_dir, options, say)
         return RunSummary(output_dir, earlier, reused=True)
 
-    tokenized = _tokenize(
-        checkpoint.tokenizer, checkpoint.config.max_positions, data.examples, options
-    )
+    tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, data.examples, options)
     windows = _windows(tokenized, options)
     programs = Programs(checkpoint.config, options.dtype, _settings(checkpoint.config, options))
     shapes = Counter(batch.shape for window in windows for batch in window.batches)
@@ -181,16 +179,20 @@ def _run_windows(
     options: AnalyzeOptions,
     progress: bool,
 ) -> None:
-    total = sum(len(batch.members) for window in windows for batch in window.batches)
-    bar = tqdm(total=total, unit="example", disable=not progress, dynamic_ncols=True)
+    plan = [(w, b, batch) for w, window in enumerate(windows) for b, batch in enumerate(window.batches)]
+    done = {(w, b) for w, b, _ in plan if store.window_done(w) or store.batch_done(w, b)}
+    bar = tqdm(
+        total=sum(len(batch.members) for _, _, batch in plan),
+        # What an earlier session did is progress, but not speed.
+        initial=sum(len(batch.members) for w, b, batch in plan if (w, b) in done),
+        unit="example",
+        disable=not progress,
+        dynamic_ncols=True,
+    )
     with bar:
         for w, window in enumerate(windows):
             for b, batch in enumerate(window.batches):
-                if store.window_done(w) or store.batch_done(w, b):
-                    # `initial` and not `update`: what an earlier session did must not count as speed.
-                    bar.initial += len(batch.members)
-                    bar.n += len(batch.members)
-                    bar.refresh()
+                if (w, b) in done:
                     continue
                 store.write_batch(w, b, _measure(programs, model, window, batch, options))
                 bar.update(len(batch.members))
@@ -219,15 +221,24 @@ def _settings(config: Any, options: AnalyzeOptions) -> MeasureSettings:
 
 
 def _tokenize(
-    tokenizer: Any, max_positions: int, examples: Sequence[Example], options: AnalyzeOptions
+    tokenizer: Any, config: DecoderConfig, examples: Sequence[Example], options: AnalyzeOptions
 ) -> list[TokenizedExample]:
-    if options.max_length > max_positions:
+    if options.max_length > config.max_positions:
         raise UserError(
-            f"--max_length {options.max_length} exceeds the model's {max_positions} positions; "
-            f"give --max_length={max_positions} or less"
+            f"--max_length {options.max_length} exceeds the model's {config.max_positions} "
+            f"positions; give --max_length={config.max_positions} or less"
         )
     protocol = Protocol(options.protocol, uses_chat(tokenizer, options.chat), options.max_length)
-    return tokenize_all(examples, tokenizer, protocol)
+    tokenized = tokenize_all(examples, tokenizer, protocol)
+    for item in tokenized:
+        # JAX would clamp such an id to the last row of the embedding, in silence.
+        if item.num_tokens and item.token_ids.max() >= config.vocab_size:
+            raise UserError(
+                f"record {item.example.index} has token {item.token_ids.max()}, but the model has "
+                f"only {config.vocab_size} tokens: the tokenizer is not this model's; copy the "
+                "tokenizer's files from where the weights come from"
+            )
+    return tokenized
 
 
 def _batch_tokens(options: AnalyzeOptions) -> int:

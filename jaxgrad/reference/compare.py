@@ -1,0 +1,250 @@
+"""Two sets of results held against each other, statistic by statistic.
+
+| statistic | difference is relative to |
+|---|---|
+| loss, nuclear_norm, sigma_max, frobenius_norm, effective_rank | the reference's value |
+| entry_max, entry_min (where both sides have them) | the reference's value |
+| entry_mean | frobenius_norm / sqrt(rows cols), the root mean square of the entries |
+
+The mean of the entries is a sum of positive and negative ones and may cancel to nothing, so its own
+value is no measure for its error; the size of the entries is. `sigma_min`, `rank_bound` and the
+condition number are not compared: below full rank they hang on the noise that a full SVD prints.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxgrad.pipeline import AnalyzeOptions, analyze
+from jaxgrad.examples import Example
+from jaxgrad.models import load_model
+from jaxgrad.reference.torch_procedure import Encoding, load_torch_model, measure_in_torch
+from jaxgrad.results import ExampleResult
+from jaxgrad.tokens import Protocol, TokenizedExample, tokenize_all, uses_chat
+
+STATISTICS = (
+    "nuclear_norm",
+    "sigma_max",
+    "frobenius_norm",
+    "effective_rank",
+    "entry_mean",
+    "entry_max",
+    "entry_min",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One line of a comparison.
+
+    Attributes:
+        statistic: a column's name.
+        count: values compared.
+        largest, median: relative differences; infinite where one side alone is undefined or not finite.
+        example_index, weight: where the largest is; the weight is None for the loss.
+    """
+
+    statistic: str
+    count: int
+    largest: float
+    median: float
+    example_index: int
+    weight: str | None
+
+    @property
+    def where(self) -> str:
+        """The place of the largest difference in words."""
+        example = f"example {self.example_index}"
+        return example if self.weight is None else f"{example}, {self.weight}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two sets of results are apart."""
+
+    differences: tuple[Difference, ...]
+
+    def __getitem__(self, statistic: str) -> Difference:
+        return next(d for d in self.differences if d.statistic == statistic)
+
+    def beyond(self, tolerances: Mapping[str, float]) -> list[Difference]:
+        """The statistics whose largest difference exceeds their tolerance."""
+        # `not <=`: a NaN is beyond any tolerance.
+        return [d for d in self.differences if not d.largest <= tolerances[d.statistic]]
+
+    def within(self, tolerances: Mapping[str, float]) -> bool:
+        """Whether every statistic keeps its tolerance."""
+        return not self.beyond(tolerances)
+
+    def table(self, tolerances: Mapping[str, float] | None = None) -> str:
+        """The differences as aligned text, with the tolerances if they are given."""
+        head = ["statistic", "values", "largest", "median", "tolerance", "largest at"]
+        body = []
+        for d in self.differences:
+            allowed = "" if tolerances is None else f"{tolerances[d.statistic]:.0e}"
+            numbers = [f"{d.largest:.1e}", f"{d.median:.1e}"]
+            body.append([d.statistic, str(d.count), *numbers, allowed, d.where])
+        widths = [max(len(row[column]) for row in (head, *body)) for column in range(len(head))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if column in (0, len(head) - 1) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *body)
+        )
+
+
+def default_tolerances(dtype: str, tolerance: float | None = None) -> dict[str, float]:
+    """Statistic -> the relative difference that two correct programs may have.
+
+    In float32 (1e-4): rounding in the forward and backward pass is worth 4e-6 on the nuclear norm.
+    The loss is held to a tenth, and the effective rank is allowed five times as much, because
+    PyTorch counts the rounding noise of the values that are exactly zero. In float64 (1e-8): no exceptions.
+    """
+    if dtype == "float64":
+        return dict.fromkeys(("loss", *STATISTICS), 1e-8 if tolerance is None else tolerance)
+    base = 1e-4 if tolerance is None else tolerance
+    return dict.fromkeys(STATISTICS, base) | {"loss": base / 10, "effective_rank": 5 * base}
+
+
+def compare_with_torch(
+    model_path: str | None,
+    examples: Sequence[Example],
+    options: AnalyzeOptions,
+    *,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> Comparison:
+    """Measure examples with jaxgrad and with the authors' procedure, in `options.dtype`, and compare.
+
+    Args:
+        model_path: as `load_model` takes it.
+        say: takes the lines for the user.
+        progress: show a bar on stderr.
+
+    Raises:
+        UserError: any bad input, in one line.
+        ValueError: the two sides read an example as different tokens.
+    """
+    ours_model = load_model(model_path, dtype=options.dtype)
+    tokenizer = ours_model.tokenizer
+    protocol = Protocol(options.protocol, uses_chat(tokenizer, options.chat), options.max_length)
+    tokenized = tokenize_all(examples, tokenizer, protocol)
+    say(
+        f"{ours_model.name}, {options.dtype}, method {options.method}: "
+        f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
+        f"{', '.join(str(item.num_tokens) for item in tokenized)} tokens"
+    )
+    ours = analyze(ours_model, examples, options)
+    torch_model = load_torch_model(model_path, dtype=options.dtype)
+    theirs = measure_in_torch(torch_model, tokenizer, examples, options)
+
+    def show(rows: Any, label: str) -> Any:
+        return tqdm(rows, label, total=len(examples), disable=not progress, unit="example")
+
+    reference = list(show(theirs, "PyTorch"))
+    for item, (encoding, _) in zip(tokenized, reference, strict=True):
+        check_tokens(item, encoding)
+    return compare_results(list(show(ours, "jaxgrad")), [result for _, result in reference])
+
+
+def check_tokens(ours: TokenizedExample, reference: Encoding) -> None:
+    """Raise unless both sides measure the same tokens.
+
+    Raises:
+        ValueError: they do not; says which example, and where.
+    """
+    example = f"example {ours.example.index}"
+    pairs = zip(ours.token_ids.tolist(), reference.token_ids, strict=False)
+    for position, (token, expected) in enumerate(pairs):
+        if token != expected:
+            raise ValueError(f"{example}: token {position} is {token}, in the reference {expected}")
+    mine = (ours.num_tokens, ours.num_prompt_tokens, ours.truncated, ours.reason)
+    theirs = (len(reference.token_ids), *reference[1:])
+    names = ("number of tokens", "number of prompt tokens", "truncated", "reason for skipping")
+    for name, value, expected in zip(names, mine, theirs, strict=True):
+        if value != expected:
+            raise ValueError(f"{example}: {name} is {value}, in the reference {expected}")
+
+
+def compare_results(
+    results: Sequence[ExampleResult], reference: Sequence[ExampleResult]
+) -> Comparison:
+    """Relative differences over all examples and matrices; the statistics that both sides have.
+
+    Args:
+        results, reference: one row an example, in any order.
+
+    Raises:
+        ValueError: nothing was measured, or the two sides hold different examples or matrices.
+    """
+    mine = {row.example_index: row for row in results}
+    theirs = {row.example_index: row for row in reference}
+    if mine.keys() != theirs.keys():
+        raise ValueError(f"examples {sorted(mine)}, in the reference {sorted(theirs)}")
+    found: dict[str, list[tuple[float, int, str | None]]] = {}
+    for index in sorted(mine):
+        for statistic, weight, difference in _differences(mine[index], theirs[index]):
+            found.setdefault(statistic, []).append((difference, index, weight))
+    if not found:
+        raise ValueError("none of the examples was measured")
+    differences = []
+    for statistic, places in found.items():
+        values = np.array([value for value, _, _ in places])
+        largest, index, weight = places[int(np.argmax(values))]
+        median = float(np.median(values))
+        differences.append(Difference(statistic, len(values), largest, median, index, weight))
+    return Comparison(tuple(differences))
+
+
+def _differences(
+    mine: ExampleResult, theirs: ExampleResult
+) -> Iterator[tuple[str, str | None, float]]:
+    if mine.status == theirs.status == "skipped":
+        return
+    yield "loss", None, _relative(mine.loss, theirs.loss, theirs.loss)
+    if not (mine.matrices and theirs.matrices):
+        return  # measured on one side alone, or not finite: the loss's difference is infinite
+    names = [_weight_name(row.matrices) for row in (mine, theirs)]
+    if names[0] != names[1]:
+        raise ValueError(f"example {mine.example_index}: the two sides hold different matrices")
+    columns = theirs.matrices
+    for statistic in STATISTICS:
+        for position, weight in enumerate(names[1]):
+            value, expected = (side.matrices[statistic][position] for side in (mine, theirs))
+            if statistic.startswith("entry_m") and _undefined(value) and _undefined(expected):
+                continue  # extremes that were not asked for
+            unit = expected
+            if statistic == "entry_mean":
+                size = columns["rows"][position] * columns["cols"][position]
+                unit = columns["frobenius_norm"][position] / math.sqrt(size)
+            yield statistic, weight, _relative(value, expected, unit)
+
+
+def _weight_name(matrices: Mapping[str, Any]) -> list[str]:
+    names = []
+    for projection, layer in zip(matrices["projection"], matrices["layer"], strict=True):
+        if projection == "lm_head":
+            names.append("lm_head.weight")
+            continue
+        block = "self_attn" if projection in ("q", "k", "v", "o") else "mlp"
+        names.append(f"model.layers.{int(layer)}.{block}.{projection}_proj.weight")
+    return names
+
+
+def _undefined(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _relative(value: float | None, expected: float | None, unit: float | None) -> float:
+    if _undefined(value) and _undefined(expected):
+        return 0.0
+    if value is None or expected is None or unit is None or not math.isfinite(value - expected):
+        return math.inf
+    if value == expected:
+        return 0.0
+    return abs(value - expected) / abs(unit) if unit else math.inf

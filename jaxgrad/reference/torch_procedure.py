@@ -1,0 +1,309 @@
+r"""The authors' procedure in PyTorch: one example at a time, each weight's gradient, its full SVD.
+
+Written from the paper's protocol and not from our own stages, so that an error of ours has no twin here:
+the model is transformers' own (a GGUF file goes through transformers' own reader, too), the prompt is
+masked by labels, and autograd gives the gradients by the weights themselves.
+"""
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jinja2
+import numpy as np
+
+from jaxgrad import tokens
+from jaxgrad.pipeline import AnalyzeOptions
+from jaxgrad.errors import UserError
+from jaxgrad.examples import Example
+from jaxgrad.models.load import resolve_model
+from jaxgrad.results import ExampleResult
+
+INSTALL = "pip install '.[reference]'"
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise UserError(f"the comparison needs PyTorch, which is not installed: {INSTALL}") from error
+
+IGNORED_LABEL = -100  # PyTorch's cross entropy leaves these out of its mean
+UNDEFINED_BELOW = 1e-12  # a nuclear norm below has no effective rank
+
+_ATTENTION = ("q", "k", "v", "o")
+_MLP = ("gate", "up", "down")
+_LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.weight")
+
+
+class Encoding(NamedTuple):
+    """One example as the reference reads it.
+
+    Attributes:
+        token_ids: after truncation.
+        num_prompt_tokens: tokens in front whose labels are masked; the first always is.
+        truncated: whether tokens were cut off.
+        reason: why the example is not measured, None if it is.
+    """
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    truncated: bool
+    reason: str | None
+
+
+class Weight(NamedTuple):
+    """One measured weight."""
+
+    name: str
+    projection: str
+    layer: int | None
+    parameter: torch.nn.Parameter
+
+
+def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
+    """The transformers model for a path, in eval mode with eager attention.
+
+    Args:
+        model_path: as `jaxgrad.load_model` takes it.
+        dtype: "float32" or "float64".
+
+    Raises:
+        UserError: no such model, or a package for reading it is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(model_path).path
+    # `trust_remote_code` is never given, so no code from the model's directory runs.
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "local_files_only": True,
+    }
+    if path.is_file():
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError(f"transformers reads a GGUF file only with accelerate: {INSTALL}")
+        directory, options["gguf_file"] = str(path.parent), path.name
+    else:
+        directory = str(path)
+    with _without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    if dtype == "float64":
+        _to_double(model)
+    return model
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def float32_means_float64() -> Iterator[None]:
+    """While it lasts, `torch.float32`, `torch.float` and `Tensor.float()` mean double precision.
+
+    transformers' models name float32 where they mean "at least float32": the mean square of a norm,
+    the softmax, the rotary angles, the logits in the loss. In a bfloat16 model that is an upcast; after
+    `model.double()` it is a downcast, and the results are good to 1e-7 only. Whatever reads those
+    names while Python code runs sees the double; PyTorch's own kernels do not read them.
+    """
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+def _to_double(model: Any) -> None:
+    model.double()
+    with float32_means_float64():
+        for module in model.modules():
+            # The frequencies were computed in float32, which `double()` does not mend.
+            if hasattr(module, "inv_freq"):
+                module.__init__(module.config)
+
+
+def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) -> Encoding:
+    """Token ids and the prompt's length by the options' protocol.
+
+    `paper` is written out here a second time, from the paper's description; `clean` is our own
+    invention, so it is taken from `jaxgrad.tokens`.
+
+    Raises:
+        UserError: see `jaxgrad.tokens.tokenize`.
+    """
+    has_template = bool(tokenizer.chat_template)
+    chat = has_template if options.chat == "auto" else options.chat == "yes"
+    if options.protocol == "clean":
+        protocol = tokens.Protocol("clean", chat, options.max_length)
+        ours = tokens.tokenize(example, tokenizer, protocol)
+        return Encoding(
+            ours.token_ids.tolist(), ours.num_prompt_tokens, ours.truncated, ours.reason
+        )
+    if chat:
+        text = _chat_prompt(example, tokenizer) + example.response
+    else:
+        text = "\n".join([*(m.content for m in example.messages), example.response])
+    whole = tokenizer.encode(text, verbose=False)
+    token_ids = tokenizer.encode(text, truncation=True, max_length=options.max_length)
+    prefix = text[: text.rfind(example.response)]
+    num_prefix = len(tokenizer.encode(prefix, verbose=False))
+    num_prompt = min(max(num_prefix, 1), len(token_ids))
+    reason = None
+    if example.response == "":
+        reason = tokens.EMPTY_RESPONSE
+    elif num_prefix >= options.max_length:
+        reason = tokens.PROMPT_FILLS
+    elif num_prompt >= len(token_ids):
+        reason = tokens.NO_RESPONSE_TOKEN
+    return Encoding(token_ids, num_prompt, len(whole) > len(token_ids), reason)
+
+
+def _chat_prompt(example: Example, tokenizer: Any) -> str:
+    turns = [{"role": m.role, "content": m.content} for m in example.messages]
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    options = {"tokenize": False, "add_generation_prompt": True}
+    if turns[0]["role"] != "system":
+        # A template that knows no system role raises: then the user's turn stands alone.
+        with contextlib.suppress(jinja2.TemplateError):
+            return tokenizer.apply_chat_template([system, *turns], **options)
+    return tokenizer.apply_chat_template(turns, **options)
+
+
+def select_weights(model: Any, parameters: str) -> list[Weight]:
+    """The weights that `--parameters` names: layer by layer, q k v o gate up down, `lm_head` last."""
+    order = (*_ATTENTION, *_MLP)
+    groups = {"attention": _ATTENTION, "mlp": _MLP, "all": (*order, "lm_head")}
+    weights = []
+    for name, parameter in model.named_parameters():  # a tied head is not among them
+        match = _LAYER_WEIGHT.fullmatch(name)
+        if match:
+            weights.append(Weight(name, match[2], int(match[1]), parameter))
+        elif name == "lm_head.weight":
+            weights.append(Weight(name, "lm_head", None, parameter))
+
+    def wanted(weight: Weight) -> bool:
+        if parameters in groups:
+            return weight.projection in groups[parameters]
+        return re.search(parameters, weight.name) is not None
+
+    def place(weight: Weight) -> tuple[bool, int, int]:
+        if weight.layer is None:
+            return True, 0, 0
+        return False, weight.layer, order.index(weight.projection)
+
+    return sorted(filter(wanted, weights), key=place)
+
+
+def measure_in_torch(
+    model: Any, tokenizer: Any, examples: Iterable[Example], options: AnalyzeOptions
+) -> Iterator[tuple[Encoding, ExampleResult]]:
+    """The authors' loop.
+
+    Args:
+        model: from `load_torch_model`; its dtype is the one computed in.
+        tokenizer: a `transformers` tokenizer.
+        examples: from `read_examples`.
+        options: protocol, chat, max_length, parameters, spectrum and extremes are read.
+
+    Yields:
+        For each example, in order, its encoding and its result, with the columns of
+        `jaxgrad.results.schema` but for those that no SVD gives (rank_bound) or that its noise would
+        decide (condition_number). `sigma_min` is what the SVD prints, noise where the rank is below it.
+
+    Raises:
+        UserError: an example that cannot be encoded.
+    """
+    weights = select_weights(model, options.parameters)
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.parameter.requires_grad_(True)
+    for example in examples:
+        encoding = encode_example(example, tokenizer, options)
+        loss, matrices = None, {}
+        if encoding.reason is None:
+            loss = _backward(model, encoding)
+            matrices = _describe(weights, options)
+        yield encoding, _result(example, encoding, loss, matrices)
+
+
+def _backward(model: Any, encoding: Encoding) -> float:
+    input_ids = torch.tensor([encoding.token_ids])
+    labels = input_ids.clone()
+    labels[:, : encoding.num_prompt_tokens] = IGNORED_LABEL
+    is_double = model.dtype == torch.float64
+    model.zero_grad(set_to_none=True)
+    with float32_means_float64() if is_double else contextlib.nullcontext():
+        loss = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    return loss.item()
+
+
+def _describe(weights: list[Weight], options: AnalyzeOptions) -> dict[str, list]:
+    columns: dict[str, list] = {}
+    for weight in weights:
+        gradient = weight.parameter.grad
+        assert gradient is not None
+        row = {
+            "layer": weight.layer,
+            "projection": weight.projection,
+            "rows": gradient.shape[0],
+            "cols": gradient.shape[1],
+            **_statistics(gradient, options),
+        }
+        for column, value in row.items():
+            columns.setdefault(column, []).append(value)
+        weight.parameter.grad = None
+    return columns
+
+
+def _statistics(gradient: torch.Tensor, options: AnalyzeOptions) -> dict[str, Any]:
+    # The SVD in the model's dtype; the sums over its values in float64, so that they add no error.
+    sigma = torch.linalg.svdvals(gradient).numpy().astype(np.float64)
+    entries = gradient.double()
+    nuclear = float(sigma.sum())
+    share = sigma[sigma > 0] / nuclear if nuclear else sigma[:0]
+    frobenius = float(torch.linalg.matrix_norm(entries))
+    has_rank = nuclear >= UNDEFINED_BELOW
+    return {
+        "nuclear_norm": nuclear,
+        "sigma_max": float(sigma[0]),
+        "sigma_min": float(sigma[-1]),
+        "frobenius_norm": frobenius,
+        "entry_mean": float(entries.mean()),
+        "entry_max": float(entries.max()) if options.extremes else None,
+        "entry_min": float(entries.min()) if options.extremes else None,
+        "effective_rank": float(np.exp(-np.sum(share * np.log(share)))) if has_rank else None,
+        "stable_rank": float((frobenius / sigma[0]) ** 2) if sigma[0] > 0 else None,
+        "singular_values": sigma if options.spectrum else None,
+    }
+
+
+def _result(
+    example: Example, encoding: Encoding, loss: float | None, matrices: dict[str, list]
+) -> ExampleResult:
+    num_tokens = len(encoding.token_ids)
+    return ExampleResult(
+        example_index=example.index,
+        example_id=example.id,
+        num_tokens=num_tokens,
+        num_prompt_tokens=encoding.num_prompt_tokens,
+        num_response_tokens=num_tokens - encoding.num_prompt_tokens,
+        truncated=encoding.truncated,
+        loss=loss,
+        status="ok" if encoding.reason is None else "skipped",
+        reason=encoding.reason,
+        instruction=example.instruction,
+        response=example.response,
+        matrices=matrices,
+    )

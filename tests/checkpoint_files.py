@@ -1,0 +1,142 @@
+"""One tiny model of `tiny_models`, written to disk in every way, so that files can be spoiled."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tiny_models
+from safetensors.numpy import load_file, save_file
+
+UNTIED = tiny_models.Tiny(4, 2, tied=False, width=52)
+TIED = tiny_models.Tiny(4, 2, tied=True, width=52)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# A weight of the middle layer, to spoil; it is not square.
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What transformers saves of a model: config.json, weights, and the tokenizer's files."""
+
+    config: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    tokenizer: dict[str, bytes]
+
+
+@functools.cache
+def files_of(tiny: tiny_models.Tiny = UNTIED) -> Files:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = tiny_models.save_tiny(tiny, Path(folder))
+        config = json.loads((directory / "config.json").read_text())
+        weights = load_file(directory / "model.safetensors")
+        tokenizer = {path.name: path.read_bytes() for path in directory.glob("tokenizer*")}
+        tokenizer |= {path.name: path.read_bytes() for path in directory.glob("*.jinja")}
+    return Files(config, weights, tokenizer)
+
+
+def weights_with(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The untied model's weights with others; None takes one out. Give names as a `**dict`."""
+    weights = files_of().weights | changes
+    return {name: values for name, values in weights.items() if values is not None}
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+def write_model(
+    directory: Path,
+    *,
+    tiny: tiny_models.Tiny = UNTIED,
+    config: dict[str, Any] | None = None,
+    weights: dict[str, np.ndarray] | None = None,
+    num_shards: int = 0,
+    tokenizer: bool = True,
+) -> Path:
+    """The model as a Hugging Face directory.
+
+    Args:
+        directory: is made.
+        config: attributes that differ.
+        weights: in place of the model's own; {} for none.
+        num_shards: deal the weights out to so many files under an index.
+        tokenizer: whether it gets one.
+    """
+    directory.mkdir(parents=True)
+    files = files_of(tiny)
+    write_json(directory / "config.json", files.config | (config or {}))
+    weights = files.weights if weights is None else weights
+    if num_shards:
+        weight_map = {}
+        for shard in range(num_shards):
+            file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+            part = dict(list(weights.items())[shard::num_shards])
+            save_file(part, directory / file)
+            weight_map |= dict.fromkeys(part, file)
+        write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
+    elif weights:
+        save_file(weights, directory / "model.safetensors")
+    if tokenizer:
+        for name, content in files.tokenizer.items():
+            (directory / name).write_bytes(content)
+    return directory
+
+
+@functools.cache
+def gguf_bytes(tiny: tiny_models.Tiny = UNTIED) -> bytes:
+    """The same model as llama.cpp's converter lays it out."""
+    tokenizer = tiny_models.build_tokenizer()
+    model = tiny_models.build_model(tiny, len(tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tiny.gguf"
+        return tiny_models.write_gguf(path, model, tokenizer, "smollm").read_bytes()
+
+
+def write_gguf(
+    path: Path,
+    *,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray | None] | None = None,
+) -> Path:
+    """The model as a GGUF file with other metadata entries or tensors; None takes one out."""
+    path.write_bytes(gguf_bytes())
+    if metadata is None and tensors is None:
+        return path
+    reader = gguf.GGUFReader(path)
+    entries = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+    types = {name: field.types for name, field in reader.fields.items()}
+    values = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    entries |= metadata or {}
+    values |= tensors or {}
+    architecture = entries.pop("general.architecture")
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), architecture)
+    for name, value in entries.items():
+        if value is not None:
+            kind = gguf.GGUFValueType.get_type(value)
+            # A number keeps the width that the original has.
+            same = name in types and not isinstance(value, str | list)
+            writer.add_key_value(name, value, types[name][0] if same else kind)
+    for name, array in values.items():
+        if array is not None:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.with_suffix(".new").replace(path)
+
+
+def write_hub_cache(cache: Path, repository: str, **options: Any) -> Path:
+    """The model in a cache as huggingface_hub lays it out, without blobs; the cache's path."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    write_model(folder / "snapshots" / commit, **options)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    return cache

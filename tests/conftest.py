@@ -1,0 +1,20 @@
+import os
+from pathlib import Path
+
+# Strictness for every test: a silent promotion or broadcast is an error. Before JAX is imported.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the authors' data; skips, with the reason, where it is not there."""
+    shared = Path(os.environ.get("JAXGRAD_SHARED", "../shared"))
+    folder = shared / "data" / "layer_gradient"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: set JAXGRAD_SHARED to the shared data")
+    return folder

@@ -1,0 +1,649 @@
+"""config.json -> DecoderConfig: read right in every generation, and refused where not understood."""
+
+import copy
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from transformers import LlamaConfig
+
+import jaxgrad
+from jaxgrad.errors import UserError
+from jaxgrad.models import DecoderConfig, Rope
+from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.models.families import HF_ACTIVATIONS, IRRELEVANT
+from jaxgrad.models.load import read_config
+
+RAW: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 20,
+    "intermediate_size": 23,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 67,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+# The files as they stand on the hub, with the number of parameters that the model cards give.
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "Llama-2-7b": (
+        6738415616,
+        {
+            "_name_or_path": "meta-llama/Llama-2-7b-hf",
+            "architectures": ["LlamaForCausalLM"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+            "transformers_version": "4.31.0.dev0",
+            "use_cache": True,
+            "vocab_size": 32000,
+        },
+    ),
+    "Llama-3.1-8B": (
+        8030261248,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "initializer_range": 0.02,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": LLAMA3 | {"factor": 8.0},
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.43.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+    ),
+    "Llama-3.2-1B": (
+        1235814400,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "initializer_range": 0.02,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": LLAMA3,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0.dev0",
+            "use_cache": True,
+            "vocab_size": 128256,
+        },
+    ),
+    "SmolLM2-135M-Instruct": (
+        134515008,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_act": "silu",
+            "hidden_size": 576,
+            "initializer_range": 0.041666666666666664,
+            "intermediate_size": 1536,
+            "is_llama_config": True,
+            "max_position_embeddings": 8192,
+            "mlp_bias": False,
+            "model_type": "llama",
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "pad_token_id": 2,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_interleaved": False,
+            "rope_scaling": None,
+            "rope_theta": 100000,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+            "transformers_version": "4.42.3",
+            "use_cache": True,
+            "vocab_size": 49152,
+        },
+    ),
+}
+
+
+def read(raw: dict[str, Any]) -> DecoderConfig:
+    return read_config(raw, "DIR/config.json")[1]
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """RAW with other values; `...` takes an attribute out."""
+    return {name: value for name, value in (RAW | changes).items() if value is not ...}
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        read(raw)
+    message = str(caught.value)
+    assert message.startswith("DIR/config.json: ")
+    assert "\n" not in message
+    return message
+
+
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    _, state = abstract_decoder(config, jnp.float32)
+    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+
+
+# Every field of the config is read by somebody
+
+
+@functools.cache
+def logits(config: DecoderConfig) -> np.ndarray:
+    """Of a decoder whose weights depend on their shapes alone."""
+    graphdef, abstract = abstract_decoder(config, jnp.float32)
+    rng = np.random.default_rng(0)
+    flat = [
+        (path, leaf.replace(jnp.asarray(rng.normal(0.0, 0.5, leaf.shape), jnp.float32)))
+        for path, leaf in nnx.to_flat_state(abstract)
+    ]
+    model = nnx.merge(graphdef, nnx.from_flat_state(flat))
+    outputs, _ = nnx.capture(model, nnx.Intermediate)(jnp.arange(11), jnp.arange(11))
+    return np.asarray(outputs)
+
+
+class FixedTokenizer:
+    """What `analyze` needs of a tokenizer when there is no example."""
+
+    chat_template = None
+
+
+def allows_50_tokens(config: DecoderConfig) -> bool:
+    graphdef, state = abstract_decoder(config, jnp.float32)
+    model = jaxgrad.models.LoadedModel(
+        "tiny", config, graphdef, state, FixedTokenizer(), "", "float32"
+    )
+    try:
+        return not list(jaxgrad.analyze(model, [], jaxgrad.AnalyzeOptions(max_length=50)))
+    except UserError as error:
+        assert "50" in str(error) and str(config.max_positions) in str(error)
+        return False
+
+
+BASE = read(RAW)
+LLAMA3_ROPE = Rope(500.0, "llama3", 8.0, 1.0, 4.0, 16)
+# Field -> (another value, what it must change); of a Rope field, the change is to LLAMA3_ROPE.
+FIELD_CASES: dict[str, tuple[Any, Any]] = {
+    "DecoderConfig.vocab_size": (37, weight_shapes),
+    "DecoderConfig.width": (24, weight_shapes),
+    "DecoderConfig.mlp_width": (29, weight_shapes),
+    "DecoderConfig.num_layers": (5, weight_shapes),
+    "DecoderConfig.num_heads": (6, weight_shapes),
+    "DecoderConfig.num_kv_heads": (1, weight_shapes),
+    "DecoderConfig.head_size": (10, weight_shapes),
+    "DecoderConfig.max_positions": (41, allows_50_tokens),
+    "DecoderConfig.activation": ("gelu", logits),
+    "DecoderConfig.norm_epsilon": (0.5, logits),
+    "DecoderConfig.rope": (Rope(900.0), logits),
+    "DecoderConfig.attention_bias": (True, weight_shapes),
+    "DecoderConfig.mlp_bias": (True, weight_shapes),
+    "DecoderConfig.tied_embeddings": (True, weight_shapes),
+    "Rope.theta": (900.0, logits),
+    "Rope.kind": ("linear", logits),
+    "Rope.factor": (9.0, logits),
+    "Rope.low_frequency_factor": (0.5, logits),
+    "Rope.high_frequency_factor": (5.0, logits),
+    "Rope.original_length": (29, logits),
+}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [f"{c.__name__}.{f.name}" for c in (DecoderConfig, Rope) for f in dataclasses.fields(c)],
+)
+def test_every_field_changes_a_shape_an_output_or_an_error(field):
+    if field not in FIELD_CASES:
+        pytest.fail(f"{field} is new: give it a case, so that it is known to be read")
+    value, observe = FIELD_CASES[field]
+    kind, name = field.split(".")
+    base = BASE
+    if kind == "Rope":
+        base = dataclasses.replace(BASE, rope=LLAMA3_ROPE)
+        other = dataclasses.replace(base, rope=dataclasses.replace(LLAMA3_ROPE, **{name: value}))
+    else:
+        other = dataclasses.replace(base, **{name: value})
+    before, after = observe(base), observe(other)
+    if observe is logits:
+        assert np.abs(before - after).max() > 1e-4
+    else:
+        assert before != after
+
+
+def test_each_activation_is_another_function():
+    outputs = [
+        logits(dataclasses.replace(BASE, activation=a)) for a in set(HF_ACTIVATIONS.values())
+    ]
+    for i, one in enumerate(outputs):
+        assert all(np.abs(one - other).max() > 1e-4 for other in outputs[:i])
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_real_config_has_the_published_number_of_parameters(name):
+    published, raw = PUBLISHED[name]
+    config = read(raw)
+    assert sum(math.prod(shape) for shape in weight_shapes(config).values()) == published
+    assert config.num_parameters == published
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mlp_bias", [False, True])
+@pytest.mark.parametrize("attention_bias", [False, True])
+def test_num_parameters_is_the_sum_over_the_shapes(attention_bias, mlp_bias, tied):
+    config = read(
+        changed(attention_bias=attention_bias, mlp_bias=mlp_bias, tie_word_embeddings=tied)
+    )
+    shapes = weight_shapes(config)
+    assert any(name.endswith("bias") for name in shapes) == (attention_bias or mlp_bias)
+    assert config.num_parameters == sum(math.prod(shape) for shape in shapes.values())
+
+
+# Reading agrees with transformers
+
+AS_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    **{name: raw for name, (_, raw) in PUBLISHED.items()},
+    "tiny": RAW,
+    "no kv heads": changed(num_key_value_heads=...),
+    "null kv heads": changed(num_key_value_heads=None),
+    "no head_dim": changed(head_dim=..., hidden_size=24),
+    "null head_dim": changed(head_dim=None, hidden_size=24),
+    "no theta": changed(rope_theta=...),
+    "no tying": changed(tie_word_embeddings=...),
+    "biases": changed(attention_bias=True, mlp_bias=True),
+    "linear, type": changed(rope_scaling={"type": "linear", "factor": 2.5}),
+    "linear, rope_type": changed(rope_scaling={"rope_type": "linear", "factor": 2}),
+    "rope_parameters": changed(
+        rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 700.0}
+    ),
+    "rope_parameters, theta outside": changed(rope_parameters={"rope_type": "default"}),
+    "rope_parameters, llama3": changed(
+        rope_theta=..., rope_parameters=LLAMA3 | {"rope_theta": 700.0}
+    ),
+    "llama3 without original length": changed(
+        rope_scaling={k: v for k, v in LLAMA3.items() if not k.startswith("original")}
+    ),
+    "empty rope_scaling": changed(rope_scaling={}),
+}
+
+
+@pytest.mark.parametrize("name", AS_TRANSFORMERS)
+def test_reads_what_transformers_reads(name):
+    ours = read(AS_TRANSFORMERS[name])
+    # A copy: transformers writes into the nested objects.
+    theirs = LlamaConfig.from_dict(copy.deepcopy(AS_TRANSFORMERS[name]))
+    rope = theirs.rope_parameters
+    expected = {
+        "vocab_size": theirs.vocab_size,
+        "width": theirs.hidden_size,
+        "mlp_width": theirs.intermediate_size,
+        "num_layers": theirs.num_hidden_layers,
+        "num_heads": theirs.num_attention_heads,
+        "num_kv_heads": theirs.num_key_value_heads,
+        "head_size": theirs.head_dim,
+        "max_positions": theirs.max_position_embeddings,
+        "activation": theirs.hidden_act,
+        "norm_epsilon": theirs.rms_norm_eps,
+        "attention_bias": theirs.attention_bias,
+        "mlp_bias": theirs.mlp_bias,
+        "tied_embeddings": theirs.tie_word_embeddings,
+        "rope": Rope(
+            rope["rope_theta"],
+            rope["rope_type"],
+            rope.get("factor", 1.0),
+            rope.get("low_freq_factor", 1.0),
+            rope.get("high_freq_factor", 1.0),
+            rope.get("original_max_position_embeddings", 1),
+        ),
+    }
+    assert ours == DecoderConfig(**expected)
+
+
+def test_all_spellings_of_a_rope_are_one():
+    old = {"type": "linear", "factor": 3.0}
+    new = {"rope_type": "linear", "factor": 3.0}
+    spellings = [
+        changed(rope_scaling=old),
+        changed(rope_scaling=new),
+        changed(rope_scaling=old | new),
+        changed(rope_parameters=new),
+        changed(rope_theta=..., rope_parameters=new | {"rope_theta": 500.0}),
+        changed(rope_parameters=new | {"rope_theta": 500}, rope_scaling=old),
+    ]
+    assert {read(raw).rope for raw in spellings} == {Rope(500.0, "linear", 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rope_parameters": {"rope_theta": 700.0}}, ["rope_theta is 500.0", "700.0"]),
+        (
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            ["rope_scaling and rope_parameters contradict each other"],
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "llama3"}},
+            ["rope_scaling.type is 'linear'", "'llama3'"],
+        ),
+    ],
+)
+def test_ropes_that_contradict_themselves_are_refused(changes, told):
+    message = refusal(changed(**changes))
+    assert all(part in message for part in told), message
+
+
+YARN = {"factor": 4.0, "beta_fast": 32, "original_max_position_embeddings": 32}
+LONGROPE = {"short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        ("yarn", YARN),
+        ("dynamic", {"factor": 2.0}),
+        ("longrope", LONGROPE),
+        ("su", LONGROPE),
+        ("mrope", {"mrope_section": [1, 2]}),
+        ("proportional", {"partial_rotary_factor": 0.5}),
+        (None, {"factor": 2.0}),
+    ],
+)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_ropes_not_understood_are_named(name, key, kind, rest):
+    message = refusal(changed(**{name: {key: kind, **rest}}))
+    if kind is not None:
+        assert f"{name}.{key} is {kind!r}, not one of default, linear, llama3" in message
+    assert all(f"{name}.{attribute} = " in message for attribute in rest), message
+
+
+@pytest.mark.parametrize("value", ["linear", [1], 2.0, True])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_a_rope_that_is_no_object_is_refused(name, value):
+    assert f"{name} is {value!r}, not an object" in refusal(changed(**{name: value}))
+
+
+def test_a_rope_for_each_layer_type_is_refused():
+    nested = {"full_attention": {"rope_type": "default"}, "sliding_attention": None}
+    message = refusal(changed(rope_parameters=nested))
+    assert "rope_parameters.full_attention = " in message
+    assert "rope_parameters.sliding_attention = null" in message
+
+
+@pytest.mark.parametrize("name", ["factor", "low_freq_factor", "high_freq_factor"])
+@pytest.mark.parametrize("value", ["8", True, None, 0, -1.0, math.nan, math.inf, 10**400, [8.0]])
+def test_a_rope_s_number_that_is_none_is_named(name, value):
+    message = refusal(changed(rope_scaling=LLAMA3 | {name: value}))
+    assert f"rope_scaling.{name} is " in message
+    assert "not a positive number" in message
+
+
+def test_a_rope_without_its_numbers_names_them():
+    message = refusal(changed(rope_scaling={"rope_type": "llama3"}))
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        assert f"rope_scaling.{name} is missing" in message
+
+
+def test_llama3_rope_needs_room_between_its_factors():
+    message = refusal(changed(rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}))
+    assert "low frequency factor 1.0 is not below its high one 1.0" in message
+
+
+# What is not understood is refused
+
+
+@pytest.mark.parametrize("value", [3, 0, None, False, {}, "x"])
+def test_unknown_attributes_are_named(value):
+    message = refusal(changed(logit_scale=value))
+    assert "logit_scale = " in message and "is not known" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pretraining_tp", 2),
+        ("pretraining_tp", None),
+        ("rope_interleaved", True),
+        ("is_llama_config", False),
+        ("is_encoder_decoder", True),
+        ("chunk_size_feed_forward", 16),
+        ("problem_type", "regression"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("auto_map", {"AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}),
+        ("per_layer_config", {"0": {"rms_norm_eps": 1.0}}),
+        ("layer_types", ["sliding_attention"] * 3),
+        ("sliding_window", 16),
+        ("partial_rotary_factor", 0.5),
+        ("original_max_position_embeddings", 32),
+        ("num_experts", 4),
+    ],
+)
+def test_attributes_off_their_neutral_value_are_named(name, value):
+    message = refusal(changed(**{name: value}))
+    assert name in message
+    assert ("null" if value is None else repr(value)) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pretraining_tp", 1),
+        ("rope_interleaved", False),
+        ("is_llama_config", True),
+        ("is_encoder_decoder", False),
+        ("chunk_size_feed_forward", 0),
+        ("problem_type", None),
+        ("quantization_config", None),
+        ("auto_map", None),
+        ("rope_scaling", None),
+        ("architectures", None),
+        ("architectures", []),
+    ],
+)
+def test_neutral_values_change_nothing(name, value):
+    assert read(changed(**{name: value})) == BASE
+
+
+@pytest.mark.parametrize("name", sorted(IRRELEVANT - {"model_type"}))
+def test_irrelevant_attributes_change_nothing(name):
+    assert read(changed(**{name: "anything"})) == BASE
+
+
+def test_no_attribute_that_is_read_counts_as_irrelevant():
+    read_ones = RAW.keys() | {"attention_bias", "mlp_bias", "rope_scaling", "rope_parameters"}
+    assert not (read_ones - {"model_type"}) & IRRELEVANT
+
+
+COUNTS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+]
+NUMBERS = ["rms_norm_eps", "rope_theta"]
+SWITCHES = ["attention_bias", "mlp_bias", "tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", ["6", True, 6.0, 0, -6, 2**31, [6], {}])
+def test_counts_that_are_none_are_named(name, value):
+    expected = f"{name} is {value!r}, not a positive whole number"
+    assert expected in refusal(changed(**{name: value}))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["1e-5", True, None, 0, -1.0, math.nan, math.inf, [1.0]])
+def test_numbers_that_are_none_are_named(name, value):
+    shown = "null" if value is None else repr(value)
+    assert f"{name} is {shown}, not a positive number" in refusal(changed(**{name: value}))
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", ["true", 1, 0, None])
+def test_switches_that_are_none_are_named(name, value):
+    shown = "null" if value is None else repr(value)
+    assert f"{name} is {shown}, not true or false" in refusal(changed(**{name: value}))
+
+
+@pytest.mark.parametrize("value", ["tanh", None, 3, ["silu"], ""])
+def test_an_activation_that_is_unknown_is_named(value):
+    message = refusal(changed(hidden_act=value))
+    assert "hidden_act is " in message and "silu" in message and "gelu_pytorch_tanh" in message
+
+
+@pytest.mark.parametrize(
+    "name", [*COUNTS[:5], "max_position_embeddings", "hidden_act", "rms_norm_eps"]
+)
+def test_missing_attributes_are_named(name):
+    message = refusal(changed(**{name: ...}))
+    assert f"{name} is missing" in message
+    assert message.count(" is ") == 1, "a missing attribute must not cause other complaints"
+
+
+def test_all_problems_stand_in_one_error():
+    message = refusal(
+        changed(
+            architectures=["LlamaForTokenClassification"],
+            pretraining_tp=2,
+            vocab_size="31",
+            hidden_act="tanh",
+            rms_norm_eps=...,
+            rope_scaling={"type": "yarn", "factor": 2.0},
+            sliding_window=3,
+            quantization_config={"quant_method": "gptq"},
+        )
+    )
+    for part in (
+        "LlamaForTokenClassification",
+        "pretraining_tp",
+        "vocab_size",
+        "hidden_act",
+        "rms_norm_eps",
+        "yarn",
+        "sliding_window",
+        "gptq",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_key_value_heads": 3}, "4 query heads do not divide over 3 kv heads"),
+        ({"head_dim": 5}, "head size 5 is odd"),
+        ({"head_dim": ..., "hidden_size": 22}, "width 22 does not divide over 4 heads"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(changes, told):
+    assert told in refusal(changed(**changes))
+
+
+@pytest.mark.parametrize("value", ["qwen9", "Llama", "", ["llama"], 3])
+def test_an_unsupported_model_type_lists_the_supported_ones(value):
+    message = refusal(changed(model_type=value))
+    assert repr(value) in message
+    assert "supported family: llama (LlamaForCausalLM)" in message
+
+
+@pytest.mark.parametrize("changes", [{"model_type": ...}, {"model_type": None}])
+def test_no_model_type_lists_the_supported_ones(changes):
+    message = refusal(changed(**changes))
+    assert "no model_type" in message
+    assert "llama (LlamaForCausalLM)" in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["LlamaForSequenceClassification"],
+        ["LlamaModel"],
+        ["LLaMAForCausalLM"],
+        ["LlamaForCausalLM", "LlamaForSequenceClassification"],
+        "LlamaForCausalLM",
+    ],
+)
+def test_another_class_of_the_family_is_refused(value):
+    told = f"architectures is {value!r}; understood: ['LlamaForCausalLM']"
+    assert told in refusal(changed(architectures=value))
+
+
+def test_long_values_are_cut_in_messages():
+    assert len(refusal(changed(foo={"a": ["b" * 50] * 50}))) < 400
+
+
+def test_an_x64_trace_leaves_the_switch_alone():
+    with jax.enable_x64(True):
+        shapes = weight_shapes(BASE)
+    assert shapes == weight_shapes(BASE) and not jax.config.jax_enable_x64

@@ -1,0 +1,244 @@
+"""Statistics against values that are known by construction, for every algorithm."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrad.spectra import choose_algorithm, matrix_statistics, shared_input_statistics
+from jaxgrad.spectra.linalg import (
+    cholesky_factor,
+    singular_values,
+    symmetric_eigenvalues,
+    triangular_factor,
+)
+
+ALGORITHMS = ("qr", "gram", "build", "build_gram")
+# Between two correct float32 programs (spectra.md): 1e-5 on the norms, 1e-4 on the effective rank.
+RTOL = {np.float32: 1e-5, np.float64: 1e-10}
+RANK_RTOL = {np.float32: 1e-4, np.float64: 1e-9}
+# A Gram matrix squares: values below 1e-8 of the largest are noise even in float64.
+GRAM_RTOL = {np.float32: 1e-5, np.float64: 1e-7}
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def orthonormal(rng, rows, cols):
+    return np.linalg.qr(rng.standard_normal((rows, cols)))[0]
+
+
+def factors_with(sigma, num_tokens, num_out, num_in, rng):
+    """X [T, I] and D [T, O] with D^T X = U diag(sigma) V^T."""
+    rank = len(sigma)
+    left, right = orthonormal(rng, num_out, rank), orthonormal(rng, num_in, rank)
+    tokens = orthonormal(rng, num_tokens, rank)
+    split = np.sqrt(sigma)
+    return (tokens * split) @ right.T, (tokens * split) @ left.T
+
+
+def statistics_of(x_TI, d_TO, algorithm, *, extremes=False):
+    result = shared_input_statistics(
+        jnp.asarray(x_TI), {"q": jnp.asarray(d_TO)}, {"q": algorithm}, extremes=extremes
+    )["q"]
+    return jax.tree.map(np.asarray, result)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_out", "num_in"), [(7, 13, 17), (11, 5, 17), (19, 13, 7), (23, 11, 11)]
+)
+def test_every_statistic_of_a_known_spectrum(algorithm, dtype, num_tokens, num_out, num_in):
+    rng = np.random.default_rng(num_tokens)
+    rank = min(num_tokens, num_out, num_in)
+    sigma = np.geomspace(3.0, 1e-2, rank)
+    x, d = factors_with(sigma, num_tokens, num_out, num_in, rng)
+    got = statistics_of(x.astype(dtype), d.astype(dtype), algorithm, extremes=True)
+    matrix = d.T @ x
+    share = sigma / sigma.sum()
+    rtol = (GRAM_RTOL if "gram" in algorithm else RTOL)[dtype]
+    np.testing.assert_allclose(got.nuclear_norm, sigma.sum(), rtol=rtol)
+    np.testing.assert_allclose(got.sigma_max, sigma[0], rtol=rtol)
+    np.testing.assert_allclose(got.frobenius_norm, np.sqrt((sigma**2).sum()), rtol=rtol)
+    np.testing.assert_allclose(got.singular_values, sigma, rtol=1e3 * rtol)
+    np.testing.assert_allclose(
+        got.effective_rank, np.exp(-(share * np.log(share)).sum()), rtol=RANK_RTOL[dtype]
+    )
+    np.testing.assert_allclose(got.stable_rank, (sigma**2).sum() / sigma[0] ** 2, rtol=rtol)
+    np.testing.assert_allclose(got.condition_number, sigma[0] / sigma[-1], rtol=1e3 * rtol)
+    np.testing.assert_allclose(got.entry_mean, matrix.mean(), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(got.entry_max, matrix.max(), rtol=rtol)
+    np.testing.assert_allclose(got.entry_min, matrix.min(), rtol=rtol)
+    full = rank == min(num_out, num_in)
+    np.testing.assert_allclose(got.sigma_min, sigma[-1] if full else 0.0, rtol=1e3 * rtol)
+    assert got.rank_bound == rank
+    assert got.rank_bound.dtype == np.int32
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_against_float64_svd_where_rows_span_six_decades(algorithm):
+    """As real factors do: graded rows of D, repeated rows of X, and dead rows."""
+    rng = np.random.default_rng(5)
+    num_tokens, num_out, num_in = 61, 53, 97
+    x = rng.standard_normal((num_tokens, num_in)) * np.geomspace(1, 30, num_tokens)[:, None]
+    x[10:20] = x[9]  # a repeated token in layer 0
+    d = rng.standard_normal((num_tokens, num_out)) * np.geomspace(1e-8, 1e-2, num_tokens)[:, None]
+    d[-1], d[0] = 0.0, 0.0
+    x, d = x.astype(np.float32), d.astype(np.float32)
+    exact = np.linalg.svd(d.T.astype(np.float64) @ x.astype(np.float64), compute_uv=False)
+    got = statistics_of(x, d, algorithm)
+    share = exact / exact.sum()
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    np.testing.assert_allclose(got.nuclear_norm, exact.sum(), rtol=1e-5)
+    np.testing.assert_allclose(got.sigma_max, exact[0], rtol=1e-5)
+    np.testing.assert_allclose(got.effective_rank, np.exp(entropy), rtol=1e-4)
+    assert got.rank_bound == min(num_tokens - 2, num_out)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_one_and_two_tokens(algorithm, num_tokens):
+    rng = np.random.default_rng(num_tokens)
+    x, d = rng.standard_normal((num_tokens, 11)), rng.standard_normal((num_tokens, 7))
+    exact = np.linalg.svd(d.T @ x, compute_uv=False)[:num_tokens]
+    got = statistics_of(x.astype(np.float32), d.astype(np.float32), algorithm)
+    np.testing.assert_allclose(got.nuclear_norm, exact.sum(), rtol=1e-5)
+    assert got.sigma_min == 0.0
+    if num_tokens == 1:
+        np.testing.assert_allclose(got.effective_rank, 1.0, rtol=1e-6)
+        np.testing.assert_allclose(got.stable_rank, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_zero_gradient_gives_zeros_and_no_nan_norm(algorithm):
+    x = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    got = statistics_of(x, np.zeros((5, 3), np.float32), algorithm, extremes=True)
+    for name in ("nuclear_norm", "sigma_max", "sigma_min", "frobenius_norm", "entry_mean"):
+        assert getattr(got, name) == 0.0, name
+    assert got.entry_max == 0.0 and got.entry_min == 0.0 and got.rank_bound == 0
+    assert np.isnan(got.effective_rank) and np.isnan(got.stable_rank)
+    assert np.isnan(got.condition_number)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("where", ["x", "d"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_non_finite_factor_gives_nan_and_not_zero(algorithm, where, poison):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 7)).astype(np.float32)
+    d = rng.standard_normal((5, 3)).astype(np.float32)
+    (x if where == "x" else d)[2, 1] = poison
+    got = statistics_of(x, d, algorithm)
+    assert np.isnan(got.nuclear_norm) and np.isnan(got.sigma_max) and np.isnan(got.frobenius_norm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e15])
+def test_scaling_the_gradient_scales_the_norms(algorithm, scale):
+    """Squares of 1e-30 underflow in float32: D is scaled by a power of two before it is squared."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((6, 11)).astype(np.float32)
+    d = rng.standard_normal((6, 7)).astype(np.float32)
+    plain = statistics_of(x, d, algorithm)
+    scaled = statistics_of(x, (d * np.float32(scale)).astype(np.float32), algorithm)
+    np.testing.assert_allclose(scaled.nuclear_norm, plain.nuclear_norm * scale, rtol=1e-5)
+    np.testing.assert_allclose(scaled.stable_rank, plain.stable_rank, rtol=1e-5)
+    undefined = plain.nuclear_norm * scale < 1e-12
+    assert np.isnan(scaled.effective_rank) == undefined
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_padding_rows_change_nothing(algorithm):
+    """The theorem: a row of D that is zero adds nothing, whatever X holds there."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((9, 17)).astype(np.float32)
+    d = rng.standard_normal((9, 13)).astype(np.float32)
+    junk = rng.standard_normal((6, 17)).astype(np.float32) * 100
+    padded = statistics_of(
+        np.vstack([x, junk]), np.vstack([d, np.zeros((6, 13), np.float32)]), algorithm
+    )
+    plain = statistics_of(x, d, algorithm)
+    for name in ("nuclear_norm", "sigma_max", "frobenius_norm", "effective_rank", "entry_mean"):
+        np.testing.assert_allclose(getattr(padded, name), getattr(plain, name), rtol=3e-6)
+    assert padded.rank_bound == plain.rank_bound == 9
+
+
+def test_projections_with_one_input_share_its_factorization():
+    """Three projections cost one QR of X and one each of D: four, not six."""
+    x = jnp.zeros((5, 17), jnp.float32)
+    grads = {"q": jnp.zeros((5, 11)), "k": jnp.zeros((5, 7)), "v": jnp.zeros((5, 7))}
+    grads = {name: grad.astype(jnp.float32) for name, grad in grads.items()}
+
+    def reduce(x, grads):
+        return shared_input_statistics(x, grads, dict.fromkeys(grads, "qr"), extremes=False)
+
+    factorizations = _operand_ranks(jax.make_jaxpr(reduce)(x, grads).jaxpr, ("geqrf", "qr"))
+    assert len(factorizations) == 4
+
+
+def test_dense_agrees_with_the_known_spectrum():
+    rng = np.random.default_rng(3)
+    sigma = np.array([2.0, 0.5, 0.1])
+    x, d = factors_with(sigma, 7, 13, 17, rng)
+    matrix = jnp.asarray((d.T @ x).astype(np.float32))
+    got = matrix_statistics(matrix, jnp.asarray(d.astype(np.float32)), extremes=True)
+    np.testing.assert_allclose(got.nuclear_norm, sigma.sum(), rtol=1e-5)
+    np.testing.assert_allclose(got.entry_max, (d.T @ x).max(), rtol=1e-5)
+    np.testing.assert_allclose(got.entry_mean, (d.T @ x).mean(), rtol=1e-4)
+    assert got.rank_bound == 7
+
+
+@pytest.mark.parametrize(
+    ("shape", "backend", "method", "expected"),
+    [
+        ((100, 576, 576), "cpu", "auto", "qr"),
+        ((191, 192, 576), "cpu", "auto", "qr"),
+        ((224, 192, 576), "cpu", "auto", "build_gram"),  # k of SmolLM2: long side = 3 x short side
+        ((640, 576, 576), "cpu", "auto", "build"),
+        ((640, 576, 576), "cpu", "factored", "qr"),
+        ((190, 4096, 4096), "cpu", "auto", "gram"),
+        ((190, 4096, 4096), "gpu", "auto", "gram"),
+        ((640, 576, 576), "gpu", "auto", "build_gram"),
+        ((190, 4096, 4096), "tpu", "auto", "qr"),
+        ((5000, 4096, 4096), "tpu", "auto", "build"),
+    ],
+)
+def test_choice_of_algorithm(shape, backend, method, expected):
+    assert choose_algorithm(*shape, backend=backend, method=method) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "primitives"),
+    [
+        (triangular_factor, ("geqrf", "qr")),
+        (singular_values, ("svd",)),
+        (symmetric_eigenvalues, ("eigh",)),
+        (cholesky_factor, ("cholesky",)),
+    ],
+)
+def test_lapack_calls_are_never_batched_on_the_cpu(call, primitives):
+    """A batched LAPACK call can deadlock in the jaxlib that Python 3.11 gets (jax#36927)."""
+    batch = jnp.stack([jnp.eye(5, dtype=jnp.float32)] * 3)
+    nested = jnp.stack([batch] * 2)
+    jaxpr = jax.make_jaxpr(jax.vmap(jax.vmap(call)))(nested)
+    ranks = _operand_ranks(jaxpr.jaxpr, primitives)
+    assert ranks and set(ranks) == {2}, ranks
+    expected = np.stack([np.stack([np.asarray(call(m)) for m in b]) for b in nested])
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(call))(nested), expected)
+
+
+def _operand_ranks(jaxpr, primitives):
+    ranks = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in primitives:
+            ranks.append(equation.invars[0].aval.ndim)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    ranks += _operand_ranks(inner, primitives)
+    return ranks
