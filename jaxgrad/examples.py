@@ -217,7 +217,8 @@ def _raise_broken(
     if isinstance(error, json.JSONDecodeError):
         # json counts characters; an editor or `head -c` needs bytes.
         offset = base + len(text[: error.pos].encode("utf-8"))
-        reason = f"{error.msg} at byte offset {offset} of {size}{where}"
+        # One of json's messages ends in "at" itself.
+        reason = f"{error.msg.removesuffix(' at')} at byte offset {offset} of {size}{where}"
     else:
         reason = f"{error or type(error).__name__} after byte offset {base} of {size}{where}"
     raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.linalg  # noqa: F401 - jaxlib loads it at its first LAPACK call, too late to be limited
 from flax import nnx
 from threadpoolctl import ThreadpoolController
 
@@ -49,8 +50,8 @@ class Programs:
         with jax.enable_x64(True):
             self._graphdef, self._state = abstract_decoder(config, DTYPES[dtype])
         self._compiled: dict[BatchShape, Callable[..., Any]] = {}
-        # After jaxlib is in: it takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning
-        # and fight with XLA's for the cores (T = 256 on two cores: 20 s an example instead of 3).
+        # jaxlib takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning and fight with
+        # XLA's for the cores (T = 256 on two busy cores: 20 s an example instead of 3).
         self._blas = ThreadpoolController()
         self.compile_seconds = 0.0
 

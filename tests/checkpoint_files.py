@@ -12,10 +12,10 @@ import numpy as np
 import tiny_models
 from safetensors.numpy import load_file, save_file
 
-UNTIED = tiny_models.Tiny(4, 2, tied=False, width=52)
-TIED = tiny_models.Tiny(4, 2, tied=True, width=52)
+UNTIED = tiny_models.Tiny(4, 2, tied=False)
+TIED = tiny_models.Tiny(4, 2, tied=True)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# A weight of the middle layer, to spoil; it is not square.
+# A weight of the middle layer, to spoil: neither square nor the only one of its shape.
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 

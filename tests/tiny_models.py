@@ -1,7 +1,6 @@
 """Tiny random Hugging Face Llama models, and GGUF files made from them, all offline.
 
-Sizes are primes where they can be (a head size is even, a Q8_0 row a multiple of 32) and no two axes
-of a model are equal, so that a swapped axis cannot pass.
+No two axes of a model are equal, so that a swapped axis cannot pass.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ CHAT_TEMPLATE = (
 )
 CORPUS = (
     "The train leaves at 1234 and the next train at 2345; how long does the trainer wait?\n\n"
-    "def wait(a, b):\n    return b - a  # in hours\n\nÄpfel, naïve cafés and 中文 text.   Runs  of spaces."
+    "def wait(a, b):\n    return b - a  # in hours\n\nÄpfel, naïve cafés and 中文 text.   Runs  of."
 ) * 3
 # The splitting rules as the original tokenizers state them (tokenizer.json of SmolLM2 and Llama 3).
 LLAMA3_SPLIT = (
@@ -32,7 +31,7 @@ LLAMA3_SPLIT = (
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
-    # Wavelengths of the ten dimensions: one kept, some blended, some divided.
+    # Of the seven wavelengths two are kept, one is blended, the others are divided.
     "llama3": {
         "rope_type": "llama3",
         "rope_theta": 500.0,
@@ -46,7 +45,7 @@ ROPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A model of the zoo; what is not given is the same for all."""
+    """A model's sizes and options. transformers wants the width to be a multiple of the heads."""
 
     num_heads: int
     num_kv_heads: int
@@ -55,14 +54,14 @@ class Tiny:
     bias: bool = False
     activation: str = "silu"
     sharded: bool = False
-    width: int = 53
+    width: int = 132
     mlp_width: int = 71
-    head_size: int = 10
+    head_size: int = 14
     num_layers: int = 3
 
 
 ZOO = {
-    "mha_untied": Tiny(5, 5, tied=False),
+    "mha_untied": Tiny(5, 5, tied=False, width=115),
     "gqa_tied_linear_sharded": Tiny(6, 3, tied=True, rope="linear", sharded=True),
     "mqa_untied_llama3_bias": Tiny(6, 1, tied=False, rope="llama3", bias=True),
     "gqa_tied_llama3_bias_gelu": Tiny(
@@ -109,7 +108,7 @@ def build_model(tiny: Tiny, vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
 
 
 def build_tokenizer(pre: str = "smollm", num_merges: int = 40) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, trained on `CORPUS`, that splits and adds tokens like the named original."""
+    """A byte-level BPE, trained on `CORPUS`, that splits and adds tokens like the original."""
     backend = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     if pre == "smollm":
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -220,9 +219,7 @@ def _gguf_name(name: str) -> str:
     return names.get_name(name, try_suffixes=(".weight",))
 
 
-def _add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str
-) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str) -> None:
     import json
 
     vocab = tokenizer.get_vocab()

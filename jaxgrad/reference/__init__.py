@@ -1,7 +1,7 @@
 """The same measurement in PyTorch and transformers, for comparison only; imported by nothing else.
 
-`torch_procedure` is the authors' procedure as they run it, one example and one full SVD at a time, in
-code that shares nothing with ours but the records, the tokenizer object and the results' columns.
+`torch_procedure` is the authors' procedure as they run it, one example and one full SVD at a time,
+in code that shares nothing with ours but the records, the tokenizer and the results' columns.
 `compare` holds two sets of results against each other. Both need `pip install '.[reference]'`.
 """
 

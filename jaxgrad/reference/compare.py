@@ -19,10 +19,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxgrad.pipeline import AnalyzeOptions, analyze
 from jaxgrad.examples import Example
 from jaxgrad.models import load_model
-from jaxgrad.reference.torch_procedure import Encoding, load_torch_model, measure_in_torch
+from jaxgrad.pipeline import AnalyzeOptions, analyze
+from jaxgrad.reference.torch_procedure import (
+    Encoding,
+    encode_example,
+    load_torch_model,
+    measure_in_torch,
+)
 from jaxgrad.results import ExampleResult
 from jaxgrad.tokens import Protocol, TokenizedExample, tokenize_all, uses_chat
 
@@ -44,7 +49,7 @@ class Difference:
     Attributes:
         statistic: a column's name.
         count: values compared.
-        largest, median: relative differences; infinite where one side alone is undefined or not finite.
+        largest, median: relative differences; infinite where one side alone is undefined.
         example_index, weight: where the largest is; the weight is None for the loss.
     """
 
@@ -101,9 +106,9 @@ class Comparison:
 def default_tolerances(dtype: str, tolerance: float | None = None) -> dict[str, float]:
     """Statistic -> the relative difference that two correct programs may have.
 
-    In float32 (1e-4): rounding in the forward and backward pass is worth 4e-6 on the nuclear norm.
-    The loss is held to a tenth, and the effective rank is allowed five times as much, because
-    PyTorch counts the rounding noise of the values that are exactly zero. In float64 (1e-8): no exceptions.
+    In float32 (1e-4): the loss is held to a tenth, and the effective rank is allowed five times as
+    much, because PyTorch counts the rounding noise of the values that are exactly zero. In float64
+    (1e-8): no exceptions.
     """
     if dtype == "float64":
         return dict.fromkeys(("loss", *STATISTICS), 1e-8 if tolerance is None else tolerance)
@@ -119,10 +124,12 @@ def compare_with_torch(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Comparison:
-    """Measure examples with jaxgrad and with the authors' procedure, in `options.dtype`, and compare.
+    """Measure examples with jaxgrad and with the authors' procedure, and compare.
 
     Args:
         model_path: as `load_model` takes it.
+        examples: from `read_examples`.
+        options: of both sides; `options.dtype` is the one both compute in.
         say: takes the lines for the user.
         progress: show a bar on stderr.
 
@@ -139,17 +146,17 @@ def compare_with_torch(
         f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
         f"{', '.join(str(item.num_tokens) for item in tokenized)} tokens"
     )
-    ours = analyze(ours_model, examples, options)
-    torch_model = load_torch_model(model_path, dtype=options.dtype)
-    theirs = measure_in_torch(torch_model, tokenizer, examples, options)
+    for item in tokenized:
+        check_tokens(item, encode_example(item.example, tokenizer, options))
 
-    def show(rows: Any, label: str) -> Any:
-        return tqdm(rows, label, total=len(examples), disable=not progress, unit="example")
+    def collect(rows: Iterator[ExampleResult], label: str) -> list[ExampleResult]:
+        total = len(examples)
+        return list(tqdm(rows, label, total=total, disable=not progress, unit="example"))
 
-    reference = list(show(theirs, "PyTorch"))
-    for item, (encoding, _) in zip(tokenized, reference, strict=True):
-        check_tokens(item, encoding)
-    return compare_results(list(show(ours, "jaxgrad")), [result for _, result in reference])
+    ours = collect(analyze(ours_model, examples, options), "jaxgrad")
+    model = load_torch_model(model_path, dtype=options.dtype)
+    reference = collect(measure_in_torch(model, tokenizer, examples, options), "PyTorch")
+    return compare_results(ours, reference)
 
 
 def check_tokens(ours: TokenizedExample, reference: Encoding) -> None:
@@ -177,7 +184,8 @@ def compare_results(
     """Relative differences over all examples and matrices; the statistics that both sides have.
 
     Args:
-        results, reference: one row an example, in any order.
+        results: one row an example, in any order.
+        reference: the same examples; differences are relative to its values.
 
     Raises:
         ValueError: nothing was measured, or the two sides hold different examples or matrices.
@@ -194,10 +202,10 @@ def compare_results(
         raise ValueError("none of the examples was measured")
     differences = []
     for statistic, places in found.items():
-        values = np.array([value for value, _, _ in places])
-        largest, index, weight = places[int(np.argmax(values))]
+        values = [difference for difference, _, _ in places]
+        largest, example, weight = places[int(np.argmax(values))]
         median = float(np.median(values))
-        differences.append(Difference(statistic, len(values), largest, median, index, weight))
+        differences.append(Difference(statistic, len(values), largest, median, example, weight))
     return Comparison(tuple(differences))
 
 

@@ -1,0 +1,62 @@
+"""Compiled programs: counted, bounded, and alone on their cores."""
+
+import scipy.linalg
+from threadpoolctl import threadpool_info
+
+from jaxgrad import program
+from jaxgrad.batches import BatchShape
+from jaxgrad.gradients import select_parameters
+from jaxgrad.measure import MeasureSettings
+from jaxgrad.models import DecoderConfig, Rope
+
+CONFIG = DecoderConfig(
+    vocab_size=31,
+    width=10,
+    mlp_width=14,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=6,
+    max_positions=64,
+    activation="silu",
+    norm_epsilon=1e-5,
+    rope=Rope(10000.0),
+    attention_bias=False,
+    mlp_bias=False,
+    tied_embeddings=True,
+)
+
+
+def make_programs():
+    return program.Programs(CONFIG, "float32", MeasureSettings(select_parameters(CONFIG, "q_proj")))
+
+
+def test_lapack_of_scipy_runs_on_one_thread_inside_a_measurement():
+    programs = make_programs()
+    assert scipy.linalg is not None
+    with programs._blas.limit(limits=1, user_api="blas"):
+        threads = {
+            entry["filepath"]: entry["num_threads"]
+            for entry in threadpool_info()
+            if entry["user_api"] == "blas"
+        }
+    assert any("scipy" in path for path in threads), threads
+    assert set(threads.values()) == {1}
+
+
+def test_a_shape_is_compiled_once_and_counted():
+    programs = make_programs()
+    small, large = BatchShape(1, 8, 4), BatchShape(1, 16, 4)
+    assert programs.num_compiled == 0
+    assert programs.compiled(small) is programs.compiled(small)
+    programs.compiled(large)
+    assert programs.num_compiled == 2
+    assert programs.compile_seconds > 0
+
+
+def test_the_memory_plan_counts_weights_exactly_and_grows_with_the_batch():
+    programs = make_programs()
+    small, large = (programs.memory(BatchShape(1, T, 4)) for T in (8, 64))
+    assert small.weights == large.weights == CONFIG.num_parameters * 4
+    assert 0 < small.work_space < large.work_space
+    assert large.total == large.weights + large.work_space
