@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxgrad.analysis import mean_curves, summary_table
-    from jaxgrad.pipeline import AnalyzeOptions, analyze, run_analysis
     from jaxgrad.errors import UserError
     from jaxgrad.examples import Example, read_examples
     from jaxgrad.models import load_model
+    from jaxgrad.pipeline import AnalyzeOptions, analyze, run_analysis
     from jaxgrad.results import read_results
 
 # Resolved at first use, so that reading results or a --help does not wait for JAX.

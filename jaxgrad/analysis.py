@@ -46,7 +46,9 @@ def summary_table(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows = {}
     for label, matrices in runs.items():
         if matrices.empty:
-            raise UserError(f"run {label!r} has no measured example, so there is nothing to average")
+            raise UserError(
+                f"run {label!r} has no measured example, so there is nothing to average"
+            )
         curves = mean_curves(matrices)
         rows[label] = {
             (projection, name): value

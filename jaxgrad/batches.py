@@ -6,8 +6,6 @@ stand on the right, where no earlier token sees them, and padded targets and row
 Dimensions: B examples, T tokens, S response positions (targets) of one example.
 """
 
-# ruff: noqa: N815 (fields carry the dimension key)
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

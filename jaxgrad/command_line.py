@@ -107,8 +107,13 @@ def _usage(name: str, flag: Any) -> str:
     return f"{name}={value}{default}"
 
 
-def define_input_flags(*, limit: int | None = None) -> FlagGroup:
-    """The model and the examples; `limit` is the default of --limit, None for all."""
+def define_input_flags(*, limit: int | None = None, several: bool = False) -> FlagGroup:
+    """The model and the examples.
+
+    Args:
+        limit: the default of --limit, None for all.
+        several: whether --data_path takes several files.
+    """
     flags.DEFINE_string(
         "model_path",
         None,
@@ -118,18 +123,22 @@ def define_input_flags(*, limit: int | None = None) -> FlagGroup:
     flags.DEFINE_string(
         "data_path",
         None,
-        "JSON list, JSON lines or Parquet of {instruction, input, output} or of {messages} records.",
+        "JSON list, JSON lines or Parquet of {instruction, input, output} or of {messages} records."
+        + (
+            " Several files, with commas: a run for each in OUTPUT_DIR/NAME, model loaded once."
+            * several
+        ),
     )
     flags.DEFINE_integer("start", 0, "Index of the first example, from 0.")
     not_given = " Not given: all." if limit is None else ""
     flags.DEFINE_integer("limit", limit, f"How many examples at most.{not_given}")
     flags.DEFINE_string("instruction_field", "instruction", "Name of the instruction's field.")
-    flags.DEFINE_string("input_field", "input", "Name of the field that may add to the instruction.")
+    flags.DEFINE_string(
+        "input_field", "input", "Name of the field that may add to the instruction."
+    )
     flags.DEFINE_string("output_field", "output", "Name of the response's field.")
     names = ("model_path", "data_path", "start", "limit")
-    return FlagGroup(
-        "Model and data", (*names, "instruction_field", "input_field", "output_field")
-    )
+    return FlagGroup("Model and data", (*names, "instruction_field", "input_field", "output_field"))
 
 
 def define_output_flags() -> FlagGroup:
@@ -225,7 +234,8 @@ def analyze_options() -> "AnalyzeOptions":
 
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(AnalyzeOptions)]
-    return AnalyzeOptions(**{name: values[name].value for name in names if name in values})
+    chosen: dict[str, Any] = {name: values[name].value for name in names if name in values}
+    return AnalyzeOptions(**chosen)
 
 
 def record_fields() -> Fields:

@@ -150,7 +150,8 @@ def example_gradients(
     """Loss and gradients of one example, in one forward and one backward pass.
 
     Args:
-        graphdef: the decoder, with its weights in `state`.
+        graphdef: the decoder without its weights.
+        state: its weights.
         example: tokens_T, positions_S, labels_S int32; weights_S float.
         names: projections to measure.
         matrices: also differentiate by the weights themselves (method `dense`, the definition). The

@@ -6,7 +6,8 @@ gradient matrix, and no factor, is ever an output.
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -113,7 +114,7 @@ def _reduce_group(
     )
 
 
-def _over_layers(function, operands):  # type: ignore[no-untyped-def]
+def _over_layers(function: Callable[[Any], Any], operands: Any) -> Any:
     """A loop over layers on the CPU, where batching gains nothing; a batch elsewhere."""
     if jax.default_backend() == "cpu":
         return jax.lax.map(function, operands)

@@ -5,11 +5,7 @@ interrupted run, and is what `bin/analyze` calls.
 """
 
 import dataclasses
-import importlib.metadata
-import platform
-import resource
-import subprocess
-import sys
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,16 +14,24 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from jaxgrad.batches import Batch, BatchShape, batch_arrays, plan_batches, shape_bound
+from jaxgrad.batches import Batch, batch_arrays, plan_batches, shape_bound
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings, Method
 from jaxgrad.models import Checkpoint, DecoderConfig, LoadedModel, open_checkpoint
-from jaxgrad.program import MemoryPlan, Programs
+from jaxgrad.program import Programs
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.rows import example_results, skipped_result
 from jaxgrad.results.store import load_run
+from jaxgrad.run_info import (
+    count_results,
+    memory_line,
+    model_line,
+    resident_bytes,
+    session_info,
+    summary_lines,
+)
 from jaxgrad.tokens import Protocol, TokenizedExample, tokenize_all, tokens_digest, uses_chat
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
@@ -104,10 +108,42 @@ def analyze(
             yield from _measure(programs, model, window, batch, options)
 
 
+class Session:
+    """One model and one set of options, for one data file after the other.
+
+    The checkpoint is opened, the weights are read and the programs are compiled at their first use and
+    kept, so that the second data file starts at once.
+    """
+
+    def __init__(self, model_path: str | None, options: AnalyzeOptions) -> None:
+        self._model_path, self.options = model_path, options
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model on disk, without the values of its weights."""
+        return open_checkpoint(self._model_path)
+
+    @functools.cached_property
+    def program_bytes(self) -> int:
+        """What the process held before the weights; the first use must come before `model`'s."""
+        return resident_bytes()
+
+    @functools.cached_property
+    def model(self) -> LoadedModel:
+        """The model with its weights."""
+        return self.checkpoint.load(self.options.dtype)
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The compiled programs."""
+        config = self.checkpoint.config
+        return Programs(config, self.options.dtype, _settings(config, self.options))
+
+
 def run_analysis(
     *,
     model_path: str | None,
-    data_path: str | Path,
+    data_paths: Sequence[str | Path],
     output_dir: str | Path,
     options: AnalyzeOptions = AnalyzeOptions(),
     start: int = 0,
@@ -116,12 +152,18 @@ def run_analysis(
     output_format: Literal["parquet", "jsonl"] = "parquet",
     say: Callable[[str], None] = print,
     progress: bool = True,
-) -> RunSummary:
-    """Measure a data file into a directory; continue where an interrupted run stopped.
+) -> list[RunSummary]:
+    """Measure data files into directories; continue where an interrupted run stopped.
 
     Args:
-        model_path, data_path, output_dir: see `bin/analyze --help`.
-        start, limit: the slice of the data file.
+        model_path: see `bin/analyze --help`.
+        data_paths: one file, whose run stands in `output_dir`; or several, each of whose runs stands in
+            `output_dir` / its name without suffix. The model is loaded once for all.
+        output_dir: made where it is missing.
+        options: what to measure.
+        start: index of the first example of each file.
+        limit: how many examples of each file.
+        fields: the names of a record's fields.
         output_format: "jsonl" also writes the authors' JSONL (which needs the extremes, so measures
             them), next to the Parquet that makes the run resumable.
         say: takes the lines for the user.
@@ -130,43 +172,75 @@ def run_analysis(
     Raises:
         UserError: any bad input, in one line, before anything is computed.
     """
-    output_dir = Path(output_dir)
     if output_format == "jsonl":
         options = dataclasses.replace(options, extremes=True)
-    data = read_examples(data_path, start=start, limit=limit, fields=fields)
-    asked = _asked_identity(data, options, start, limit)
-    RunDirectory.check_compatible(output_dir, asked)
-    RunDirectory.probe(output_dir)
-    checkpoint = open_checkpoint(model_path)
+    output_dir = Path(output_dir)
+    places = {path: output_dir / Path(path).stem for path in data_paths}
+    if len(data_paths) == 1:
+        places = {data_paths[0]: output_dir}
+    elif len(set(places.values())) < len(data_paths):
+        raise UserError(
+            "--data_path: two files have the same name, and each run's directory is named after its file"
+        )
+    jobs = []
+    for path, directory in places.items():
+        data = read_examples(path, start=start, limit=limit, fields=fields)
+        asked = _asked_identity(data, options, start, limit)
+        RunDirectory.check_compatible(directory, asked)
+        RunDirectory.probe(directory)
+        jobs.append((data, directory, asked))
+    session = Session(model_path, options)
+    summaries = []
+    for data, directory, asked in jobs:
+        summaries.append(_run_one(session, data, directory, asked, say, progress))
+        if output_format == "jsonl":
+            _write_jsonl(directory, options, say)
+    return summaries
+
+
+def _run_one(
+    session: Session,
+    data: DataSet,
+    output_dir: Path,
+    asked: dict[str, Any],
+    say: Callable[[str], None],
+    progress: bool,
+) -> RunSummary:
+    checkpoint, options = session.checkpoint, session.options
     earlier = _finished_before(output_dir, checkpoint)
     if earlier is not None:
         say(f"{output_dir} holds this run already, finished: nothing to compute")
-        if output_format == "jsonl":
-            _write_jsonl(output_dir, options, say)
         return RunSummary(output_dir, earlier, reused=True)
-
     tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, data.examples, options)
     windows = _windows(tokenized, options)
-    programs = Programs(checkpoint.config, options.dtype, _settings(checkpoint.config, options))
     shapes = Counter(batch.shape for window in windows for batch in window.batches)
+    programs, before = session.programs, session.programs.tally
     if shapes:
         largest = max(shapes, key=lambda s: (s.num_examples * s.num_tokens, s.num_responses))
-        say(_memory_line(programs.memory(largest)))
-    say(_plan_line(checkpoint, data, tokenized, shapes, options))
-    model = checkpoint.load(options.dtype)
+        say(memory_line(programs.memory(largest), session.program_bytes))
+    chat = uses_chat(checkpoint.tokenizer, options.chat)
+    selection = select_parameters(checkpoint.config, options.parameters)
+    say(
+        f"{model_line(checkpoint, options.dtype)} on {data.path}: "
+        f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
+        f"{selection.num_matrices} matrices each, protocol {options.protocol}, "
+        f"{'chat template' if chat else 'plain text'}; "
+        f"{len(shapes)} batch shapes (bound {shape_bound(options.max_length)})"
+    )
     identity = asked | {
-        "model": {"weights_sha256": model.fingerprint, "config": dataclasses.asdict(model.config)},
+        "model": {
+            "weights_sha256": session.model.fingerprint,
+            "config": dataclasses.asdict(checkpoint.config),
+        },
         "tokens_sha256": tokens_digest(tokenized),
     }
-    with RunDirectory.open(output_dir, identity, _session_info(checkpoint, data)) as store:
+    with RunDirectory.open(output_dir, identity, session_info(checkpoint, data)) as store:
         if not store.finished:
-            _run_windows(store, windows, programs, model, options, progress)
-            store.finish(_counts(tokenized, output_dir, programs))
+            _run_windows(store, windows, programs, session.model, options, progress)
+            store.finish(count_results(tokenized, output_dir, programs.tally_since(before)))
         counts = store.run["counts"]
     for line in summary_lines(counts):
         say(line)
-    if output_format == "jsonl":
-        _write_jsonl(output_dir, options, say)
     say(f"results: {output_dir}/examples, {output_dir}/matrices, {output_dir}/run.json")
     return RunSummary(output_dir, counts, reused=False)
 
@@ -179,7 +253,9 @@ def _run_windows(
     options: AnalyzeOptions,
     progress: bool,
 ) -> None:
-    plan = [(w, b, batch) for w, window in enumerate(windows) for b, batch in enumerate(window.batches)]
+    plan = [
+        (w, b, batch) for w, window in enumerate(windows) for b, batch in enumerate(window.batches)
+    ]
     done = {(w, b) for w, b, _ in plan if store.window_done(w) or store.batch_done(w, b)}
     bar = tqdm(
         total=sum(len(batch.members) for _, _, batch in plan),
@@ -282,102 +358,7 @@ def _finished_before(output_dir: Path, checkpoint: Checkpoint) -> dict[str, Any]
     return run["counts"] if run["sessions"][-1]["info"].get("model_files") == files else None
 
 
-def _session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
-    packages = ("jaxgrad", "jax", "jaxlib", "flax", "transformers", "numpy")
-    device = jax.devices()[0]
-    return {
-        "command": sys.argv,
-        "model": checkpoint.name,
-        "model_files": checkpoint.files,
-        "data_path": str(data.path),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
-        "device": {
-            "backend": jax.default_backend(),
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-            "machine": platform.machine(),
-        },
-    }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with "+" when files differ from it; None outside a checkout."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _memory_line(plan: MemoryPlan) -> str:
-    gigabyte = 1e9
-    text = (
-        f"memory: {plan.weights / gigabyte:.2f} GB weights + {plan.work_space / gigabyte:.2f} GB work "
-        f"space (largest batch: {plan.shape.num_examples} x {plan.shape.num_tokens} tokens)"
-    )
-    if jax.default_backend() != "cpu":
-        return f"{text} = {plan.total / gigabyte:.2f} GB on the device"
-    unit = 1 if sys.platform == "darwin" else 1024
-    program = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    total = (plan.total + program) / gigabyte
-    return f"{text} + {program / gigabyte:.2f} GB program = {total:.2f} GB planned"
-
-
-def _plan_line(
-    checkpoint: Checkpoint,
-    data: DataSet,
-    tokenized: Sequence[TokenizedExample],
-    shapes: Counter[BatchShape],
-    options: AnalyzeOptions,
-) -> str:
-    selection = select_parameters(checkpoint.config, options.parameters)
-    measurable = sum(item.measurable for item in tokenized)
-    chat = "chat template" if uses_chat(checkpoint.tokenizer, options.chat) else "plain text"
-    return (
-        f"{checkpoint.name} ({checkpoint.config.num_parameters / 1e6:.1f}M, {options.dtype}, "
-        f"{jax.default_backend()}) on {data.path}: {measurable} of {len(tokenized)} examples, "
-        f"{selection.num_matrices} matrices each, protocol {options.protocol}, {chat}; "
-        f"{len(shapes)} shapes to compile (bound {shape_bound(options.max_length)})"
-    )
-
-
-def _counts(
-    tokenized: Sequence[TokenizedExample], output_dir: Path, programs: Programs
-) -> dict[str, Any]:
-    status: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    for part in iter_results(output_dir, allow_unfinished=True):
-        status.update(part.examples["status"])
-        reasons.update(part.examples["reason"].dropna())
-    return {
-        "examples": len(tokenized),
-        "ok": status["ok"],
-        "skipped": status["skipped"],
-        "non_finite": status["non_finite"],
-        "truncated": sum(item.truncated for item in tokenized),
-        "reasons": dict(sorted(reasons.items())),
-        "compiled_shapes": programs.num_compiled,
-        "compile_seconds": round(programs.compile_seconds, 1),
-    }
-
-
-def summary_lines(counts: dict[str, Any]) -> list[str]:
-    """The lines that end a run's output."""
-    lines = [
-        f"compiled {counts['compiled_shapes']} shapes in {counts['compile_seconds']} s",
-        f"{counts['examples']} examples: {counts['ok']} measured, {counts['skipped']} skipped, "
-        f"{counts['non_finite']} not finite; {counts['truncated']} truncated",
-    ]
-    return lines + [f"  {count} x {reason}" for reason, count in counts["reasons"].items()]
-
-
 def _write_jsonl(output_dir: Path, options: AnalyzeOptions, say: Callable[[str], None]) -> None:
     path = output_dir / AUTHORS_FILE
-    count = write_authors_jsonl(
-        iter_results(output_dir), path, with_spectrum=options.spectrum
-    )
+    count = write_authors_jsonl(iter_results(output_dir), path, with_spectrum=options.spectrum)
     say(f"authors' JSONL: {path} ({count} lines)")

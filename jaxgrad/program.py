@@ -7,7 +7,7 @@ programs are compiled ahead of time, by name, and a run prints how many there we
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,6 +38,13 @@ class MemoryPlan:
         return self.weights + self.work_space
 
 
+class CompileTally(NamedTuple):
+    """Compilations: how many shapes, and the seconds that they took."""
+
+    shapes: int
+    seconds: float
+
+
 class Programs:
     """`measure_batch` compiled for each batch shape of a run.
 
@@ -53,28 +60,34 @@ class Programs:
         # jaxlib takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning and fight with
         # XLA's for the cores (T = 256 on two busy cores: 20 s an example instead of 3).
         self._blas = ThreadpoolController()
-        self.compile_seconds = 0.0
+        self._compile_seconds = 0.0
 
     @property
-    def num_compiled(self) -> int:
-        """Programs compiled so far."""
-        return len(self._compiled)
+    def tally(self) -> CompileTally:
+        """What was compiled so far."""
+        return CompileTally(len(self._compiled), self._compile_seconds)
+
+    def tally_since(self, before: CompileTally) -> CompileTally:
+        """What was compiled since an earlier `tally`."""
+        now = self.tally
+        return CompileTally(now.shapes - before.shapes, now.seconds - before.seconds)
 
     def compiled(self, shape: BatchShape) -> Any:
         """The program for a batch shape, compiled at its first use."""
         if shape not in self._compiled:
             started = time.perf_counter()
             B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
-            batch = ExampleArrays(
+            shapes: list[Any] = [  # in the order of ExampleArrays
                 jax.ShapeDtypeStruct((B, T), np.int32),
                 jax.ShapeDtypeStruct((B, S), np.int32),
                 jax.ShapeDtypeStruct((B, S), np.int32),
                 jax.ShapeDtypeStruct((B, S), np.float64),
-            )
+            ]
+            batch = ExampleArrays(*shapes)
             with jax.enable_x64(True):
                 lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
                 self._compiled[shape] = lowered.compile()
-            self.compile_seconds += time.perf_counter() - started
+            self._compile_seconds += time.perf_counter() - started
         return self._compiled[shape]
 
     def memory(self, shape: BatchShape) -> MemoryPlan:

@@ -68,7 +68,7 @@ def main(num_batches: int) -> None:
         assert all((norm > 0).all() for norm in norms)
         if index % 50 == 49:
             print(f"{index + 1} batches", flush=True)
-    print(f"done {num_batches} batches, {programs.num_compiled} shapes")
+    print(f"done {num_batches} batches, {programs.tally.shapes} shapes")
 
 
 if __name__ == "__main__":

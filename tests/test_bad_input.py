@@ -56,7 +56,7 @@ def refused_by_binary(*arguments: str | Path, cwd: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "--data_path is missing: a JSON, JSON lines or Parquet file"),
+        ([], "--data_path is missing: JSON, JSON lines or Parquet files"),
         (["--data_path=data.json"], "--output_dir is missing: the directory for the results"),
         (["--data_path=data.json", "--nope=1"], "Unknown command line flag 'nope'"),
         (["--data_path=data.json", "--limit=abc"], "--limit=abc: invalid literal"),
@@ -156,7 +156,7 @@ def refusal(data_path: Path, model_path: Path | str, output_dir: Path, **changes
     with pytest.raises(UserError) as caught:
         jaxgrad.run_analysis(
             model_path=str(model_path),
-            data_path=data_path,
+            data_paths=[data_path],
             output_dir=output_dir,
             options=options,
             say=said.append,
@@ -291,9 +291,9 @@ def test_an_output_directory_with_other_files(tmp_path, data, model):
 def finished(tmp_path_factory, model) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("finished")
     data = write_json(folder / "data.json", RECORDS)
-    summary = jaxgrad.run_analysis(
+    [summary] = jaxgrad.run_analysis(
         model_path=str(model),
-        data_path=data,
+        data_paths=[data],
         output_dir=folder / "out",
         options=OPTIONS,
         say=lambda line: None,
@@ -342,7 +342,7 @@ def test_a_run_of_another_model_is_named(finished, tmp_path):
     with pytest.raises(UserError, match=r"model\.weights_sha256 is ") as caught:
         jaxgrad.run_analysis(
             model_path=str(model),
-            data_path=data,
+            data_paths=[data],
             output_dir=out,
             options=OPTIONS,
             say=lambda line: None,

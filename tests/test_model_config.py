@@ -1,4 +1,4 @@
-"""config.json -> DecoderConfig: read right in every generation, and refused where not understood."""
+"""config.json -> DecoderConfig: read right in all its generations, refused if not understood."""
 
 import copy
 import dataclasses
@@ -647,3 +647,9 @@ def test_an_x64_trace_leaves_the_switch_alone():
     with jax.enable_x64(True):
         shapes = weight_shapes(BASE)
     assert shapes == weight_shapes(BASE) and not jax.config.jax_enable_x64
+
+
+def test_linear_rope_divides_the_positions():
+    plain = Rope(500.0).cos_sin(7, 6, np.dtype(np.float64))
+    stretched = Rope(500.0, "linear", 3.0).cos_sin(19, 6, np.dtype(np.float64))
+    np.testing.assert_allclose(stretched[:, ::3], plain, rtol=0, atol=1e-13)

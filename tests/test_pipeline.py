@@ -26,7 +26,9 @@ STATISTICS = ["nuclear_norm", "sigma_max", "frobenius_norm", "effective_rank", "
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return save_tiny(Tiny(num_heads=4, num_kv_heads=2, tied=False, width=52), tmp_path_factory.mktemp("model"))
+    return save_tiny(
+        Tiny(num_heads=4, num_kv_heads=2, tied=False, width=52), tmp_path_factory.mktemp("model")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def run(model_dir, data_path, output_dir, **changes):
     lines = []
     pipeline.run_analysis(
         model_path=str(model_dir),
-        data_path=data_path,
+        data_paths=[data_path],
         output_dir=output_dir,
         options=options,
         say=lines.append,
@@ -87,7 +89,7 @@ def test_a_run_records_every_example_with_its_status(undisturbed):
     assert examples.loc[examples["status"] == "ok", "loss"].notna().all()
     assert any("28 measured, 2 skipped, 0 not finite; 2 truncated" in line for line in lines)
     assert lines[0].startswith("memory: ")
-    assert any("bound " in line and "shapes to compile" in line for line in lines)
+    assert any("bound " in line and "batch shapes" in line for line in lines)
     run_json = json.loads((output_dir / "run.json").read_text())
     assert run_json["finished"] and run_json["counts"]["ok"] == 28
     info = run_json["sessions"][0]["info"]
@@ -139,7 +141,13 @@ def test_batches_of_several_examples_give_the_same_statistics(
 
 def test_spectrum_and_extremes_when_asked(model_dir, data_path, tmp_path):
     results, _ = run(
-        model_dir, data_path, tmp_path / "r", spectrum=True, extremes=True, limit=4, parameters="all"
+        model_dir,
+        data_path,
+        tmp_path / "r",
+        spectrum=True,
+        extremes=True,
+        limit=4,
+        parameters="all",
     )
     matrices = results.matrices
     assert {"gate", "up", "down"} < set(matrices["projection"])
@@ -247,6 +255,32 @@ def test_killed_in_the_middle_and_started_again(model_dir, tmp_path, how):
     assert third.returncode == 0 and "nothing to compute" in stdout
 
 
+def test_several_files_share_one_model_and_its_programs(model_dir, undisturbed, tmp_path):
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, rows in zip(paths, (records(30), records(30)[:12]), strict=True):
+        path.write_text(json.dumps(rows))
+    lines = []
+    summaries = pipeline.run_analysis(
+        model_path=str(model_dir),
+        data_paths=paths,
+        output_dir=tmp_path / "runs",
+        options=OPTIONS,
+        say=lines.append,
+        progress=False,
+    )
+    assert [summary.output_dir.name for summary in summaries] == ["first", "second"]
+    assert summaries[1].counts["compiled_shapes"] == 0
+    first = jaxgrad.read_results(tmp_path / "runs" / "first")
+    pd.testing.assert_frame_equal(first.matrices, undisturbed[1].matrices)
+    again = tmp_path / "elsewhere"
+    again.mkdir()
+    (again / "first.json").write_text("[]")
+    with pytest.raises(jaxgrad.UserError, match="same name"):
+        pipeline.run_analysis(
+            model_path=str(model_dir), data_paths=[paths[0], again / "first.json"], output_dir="x"
+        )
+
+
 def test_another_configuration_is_refused_with_the_difference(model_dir, data_path, undisturbed):
     with pytest.raises(jaxgrad.UserError, match=r"method.*auto.*dense"):
         run(model_dir, data_path, undisturbed[0], method="dense")
@@ -254,7 +288,9 @@ def test_another_configuration_is_refused_with_the_difference(model_dir, data_pa
 
 def test_a_gradient_that_is_not_finite_is_named_and_the_run_goes_on(data_path, tmp_path):
     """Weights that overflow for one token only: its example is recorded, the others are measured."""
-    directory = save_tiny(Tiny(num_heads=4, num_kv_heads=2, tied=False, width=52), tmp_path / "model")
+    directory = save_tiny(
+        Tiny(num_heads=4, num_kv_heads=2, tied=False, width=52), tmp_path / "model"
+    )
     from safetensors.numpy import load_file, save_file
 
     weights = load_file(directory / "model.safetensors")

@@ -47,11 +47,11 @@ def test_lapack_of_scipy_runs_on_one_thread_inside_a_measurement():
 def test_a_shape_is_compiled_once_and_counted():
     programs = make_programs()
     small, large = BatchShape(1, 8, 4), BatchShape(1, 16, 4)
-    assert programs.num_compiled == 0
+    assert programs.tally.shapes == 0
     assert programs.compiled(small) is programs.compiled(small)
     programs.compiled(large)
-    assert programs.num_compiled == 2
-    assert programs.compile_seconds > 0
+    assert programs.tally.shapes == 2
+    assert programs.tally.seconds > 0
 
 
 def test_the_memory_plan_counts_weights_exactly_and_grows_with_the_batch():

@@ -3,7 +3,7 @@
 | statistic | difference is relative to |
 |---|---|
 | loss, nuclear_norm, sigma_max, frobenius_norm, effective_rank | the reference's value |
-| entry_max, entry_min (where both sides have them) | the reference's value |
+| entry_max, entry_min (where asked for) | the reference's value |
 | entry_mean | frobenius_norm / sqrt(rows cols), the root mean square of the entries |
 
 The mean of the entries is a sum of positive and negative ones and may cancel to nothing, so its own
@@ -31,14 +31,14 @@ from jaxgrad.reference.torch_procedure import (
 from jaxgrad.results import ExampleResult
 from jaxgrad.tokens import Protocol, TokenizedExample, tokenize_all, uses_chat
 
+EXTREMES = ("entry_max", "entry_min")
 STATISTICS = (
     "nuclear_norm",
     "sigma_max",
     "frobenius_norm",
     "effective_rank",
     "entry_mean",
-    "entry_max",
-    "entry_min",
+    *EXTREMES,
 )
 
 
@@ -173,9 +173,9 @@ def check_tokens(ours: TokenizedExample, reference: Encoding) -> None:
     mine = (ours.num_tokens, ours.num_prompt_tokens, ours.truncated, ours.reason)
     theirs = (len(reference.token_ids), *reference[1:])
     names = ("number of tokens", "number of prompt tokens", "truncated", "reason for skipping")
-    for name, value, expected in zip(names, mine, theirs, strict=True):
-        if value != expected:
-            raise ValueError(f"{example}: {name} is {value}, in the reference {expected}")
+    for name, value, wanted in zip(names, mine, theirs, strict=True):
+        if value != wanted:
+            raise ValueError(f"{example}: {name} is {value}, in the reference {wanted}")
 
 
 def compare_results(
@@ -216,7 +216,7 @@ def _differences(
         return
     yield "loss", None, _relative(mine.loss, theirs.loss, theirs.loss)
     if not (mine.matrices and theirs.matrices):
-        return  # measured on one side alone, or not finite: the loss's difference is infinite
+        return  # not measured or not finite: where that is so on one side alone, the loss tells
     names = [_weight_name(row.matrices) for row in (mine, theirs)]
     if names[0] != names[1]:
         raise ValueError(f"example {mine.example_index}: the two sides hold different matrices")
@@ -224,8 +224,8 @@ def _differences(
     for statistic in STATISTICS:
         for position, weight in enumerate(names[1]):
             value, expected = (side.matrices[statistic][position] for side in (mine, theirs))
-            if statistic.startswith("entry_m") and _undefined(value) and _undefined(expected):
-                continue  # extremes that were not asked for
+            if _undefined(value) and _undefined(expected) and statistic in EXTREMES:
+                continue  # not asked for
             unit = expected
             if statistic == "entry_mean":
                 size = columns["rows"][position] * columns["cols"][position]

@@ -5,16 +5,17 @@ here: the model is transformers' own (a GGUF file goes through transformers' own
 prompt is masked by labels, and autograd gives the gradients by the weights themselves.
 
 One thing is better than the authors had it: the cross entropy is taken in float64. PyTorch's
-float32 kernel on the CPU sums exp(logit) over the vocabulary with a bias, which at 49152 tokens lowers the
-loss by 5e-6 of its value and moves a sigma_1 by up to 2e-4, more than all other rounding together
-(SmolLM2-135M, AQuA, 2026-11, against the same model in float64). It would hide errors of ours.
+float32 kernel on the CPU sums exp(logit) over the vocabulary with a bias, which at 49152 tokens
+lowers the loss by 5e-6 of its value and moves a sigma_1 by up to 2e-4, ten times more than all
+other rounding (SmolLM2-135M, AQuA, against the model in float64). It would hide errors of ours.
 """
 
 import contextlib
 import importlib.util
+import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import jinja2
@@ -59,12 +60,12 @@ class Encoding(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """One measured weight."""
+    """One measured weight, an `nn.Parameter`; the layer of `lm_head` is None."""
 
     name: str
     projection: str
     layer: int | None
-    parameter: torch.nn.Parameter
+    parameter: Any
 
 
 def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
@@ -92,24 +93,10 @@ def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
         directory, options["gguf_file"] = str(path.parent), path.name
     else:
         directory = str(path)
-    with _without_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
     if dtype == "float64":
         _to_double(model)
     return model
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -235,11 +222,16 @@ def measure_in_torch(
         weight.parameter.requires_grad_(True)
     for example in examples:
         encoding = encode_example(example, tokenizer, options)
-        loss, matrices = None, {}
-        if encoding.reason is None:
-            loss = _backward(model, encoding)
-            matrices = _describe(weights, options)
-        yield _result(example, encoding, loss, matrices)
+        if encoding.reason is not None:
+            yield _result(example, encoding, "skipped", encoding.reason, None, {})
+            continue
+        loss = _backward(model, encoding)
+        finite = [bool(torch.isfinite(w.parameter.grad).all()) for w in weights]
+        if math.isfinite(loss) and all(finite):
+            yield _result(example, encoding, "ok", None, loss, _describe(weights, options))
+        else:  # an SVD of NaN is an error in PyTorch
+            reason = f"loss is {loss}, {finite.count(False)} gradients are not finite"
+            yield _result(example, encoding, "non_finite", reason, None, {})
 
 
 def _backward(model: Any, encoding: Encoding) -> float:
@@ -262,7 +254,6 @@ def _describe(weights: list[Weight], options: AnalyzeOptions) -> dict[str, list]
     columns: dict[str, list] = {}
     for weight in weights:
         gradient = weight.parameter.grad
-        assert gradient is not None
         row = {
             "layer": weight.layer,
             "projection": weight.projection,
@@ -272,7 +263,6 @@ def _describe(weights: list[Weight], options: AnalyzeOptions) -> dict[str, list]
         }
         for column, value in row.items():
             columns.setdefault(column, []).append(value)
-        weight.parameter.grad = None
     return columns
 
 
@@ -299,7 +289,12 @@ def _statistics(gradient: torch.Tensor, options: AnalyzeOptions) -> dict[str, An
 
 
 def _result(
-    example: Example, encoding: Encoding, loss: float | None, matrices: dict[str, list]
+    example: Example,
+    encoding: Encoding,
+    status: Literal["ok", "skipped", "non_finite"],
+    reason: str | None,
+    loss: float | None,
+    matrices: dict[str, list],
 ) -> ExampleResult:
     num_tokens = len(encoding.token_ids)
     return ExampleResult(
@@ -310,8 +305,8 @@ def _result(
         num_response_tokens=num_tokens - encoding.num_prompt_tokens,
         truncated=encoding.truncated,
         loss=loss,
-        status="ok" if encoding.reason is None else "skipped",
-        reason=encoding.reason,
+        status=status,
+        reason=reason,
         instruction=example.instruction,
         response=example.response,
         matrices=matrices,

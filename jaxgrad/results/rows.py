@@ -35,6 +35,7 @@ def example_results(
         loss_B: [B], B >= len(members).
         statistics: projection -> arrays [B, L, ...].
         selection: which layers the L are.
+        config: the model, for the sizes of its matrices.
     """
     sizes = _matrix_sizes(config)
     names = {place: name for name, place in parameter_names(config).items()}
