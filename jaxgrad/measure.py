@@ -103,6 +103,7 @@ def _reduce_group(
             num_in,
             backend=jax.default_backend(),
             method=settings.method,
+            is_float64=grad_LTO.dtype == jax.numpy.float64,
         )
         for name, grad_LTO in grads.items()
     }

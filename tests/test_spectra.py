@@ -209,6 +209,8 @@ def test_dense_agrees_with_the_known_spectrum():
 )
 def test_choice_of_algorithm(shape, backend, method, expected):
     assert choose_algorithm(*shape, backend=backend, method=method) == expected
+    wide = choose_algorithm(*shape, backend=backend, method=method, is_float64=True)
+    assert wide == {"gram": "qr", "build_gram": "build"}.get(expected, expected)
 
 
 @pytest.mark.parametrize(

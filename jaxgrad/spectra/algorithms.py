@@ -31,7 +31,13 @@ CPU_GRAM_WIDTH = 1024
 
 
 def choose_algorithm(
-    num_tokens: int, num_out: int, num_in: int, *, backend: str, method: str = "auto"
+    num_tokens: int,
+    num_out: int,
+    num_in: int,
+    *,
+    backend: str,
+    method: str = "auto",
+    is_float64: bool = False,
 ) -> Algorithm:
     """The algorithm for one projection, by shape and backend.
 
@@ -41,14 +47,18 @@ def choose_algorithm(
         num_in: I, columns of G.
         backend: "cpu", "gpu" or "tpu".
         method: "auto", or "factored" for never building G.
+        is_float64: whether the factors are float64. A Gram matrix squares, so a float64 one keeps all
+            digits of float32 factors, but half of those of float64 ones: there none is used.
     """
     # Fast float64 is what decides: CPUs and data-centre GPUs have it, TPUs emulate it.
     prefers_gram = backend == "gpu" or (backend == "cpu" and num_in >= CPU_GRAM_WIDTH)
+    prefers_gram = prefers_gram and not is_float64
     short, long = sorted((num_out, num_in))
     if method == "factored" or num_tokens < short:
         return "gram" if prefers_gram else "qr"
     # On the short side a Gram matrix pays when the long side is much longer.
-    return "build_gram" if backend == "gpu" or (backend == "cpu" and long >= 3 * short) else "build"
+    gram_pays = backend == "gpu" or (backend == "cpu" and long >= 3 * short)
+    return "build_gram" if gram_pays and not is_float64 else "build"
 
 
 def prepare_input(input_TI: jax.Array, algorithm: Algorithm) -> jax.Array:
