@@ -284,7 +284,7 @@ def _check_weights(config: DecoderConfig, family: Family, source: WeightSource) 
         "not known": [name for name in sorted(shapes) if name not in allowed.keys() | derived],
     }
     told = [
-        f"{len(found)} {kind} ({'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''})"
+        f"{len(found)} {kind} ({'; '.join(found[:20])}{'; ...' if len(found) > 20 else ''})"
         for kind, found in problems.items()
         if found
     ]
