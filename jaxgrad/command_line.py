@@ -27,11 +27,17 @@ class FlagGroup:
     names: tuple[str, ...]
 
 
-def run(main: Callable[[], int | None], description: str, groups: Sequence[FlagGroup]) -> NoReturn:
+def run(
+    main: Callable[[], int | None],
+    description: str,
+    groups: Sequence[FlagGroup],
+    *,
+    after_interrupt: str = "nothing was written",
+) -> NoReturn:
     """Parse flags, call `main`, turn what happens into an exit code.
 
     0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
-    with a line that says how to go on. Any other exception keeps its traceback.
+    with `after_interrupt`, which says what is left and how to go on. Any other exception keeps its traceback.
     """
     # Compiled programs are kept between runs: the second analysis of a model starts at once.
     os.environ.setdefault(
@@ -61,10 +67,7 @@ def run(main: Callable[[], int | None], description: str, groups: Sequence[FlagG
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            print(
-                "\ninterrupted: finished batches are kept; the same command continues from them",
-                file=sys.stderr,
-            )
+            print(f"\ninterrupted: {after_interrupt}", file=sys.stderr)
             sys.stderr.flush()
             # XLA's threads may still be at work on a batch; waiting for it is not what Ctrl-C asks.
             os._exit(INTERRUPTED)

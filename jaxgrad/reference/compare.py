@@ -121,6 +121,7 @@ def compare_with_torch(
     examples: Sequence[Example],
     options: AnalyzeOptions,
     *,
+    wide_loss: bool = True,
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Comparison:
@@ -130,6 +131,7 @@ def compare_with_torch(
         model_path: as `load_model` takes it.
         examples: from `read_examples`.
         options: of both sides; `options.dtype` is the one both compute in.
+        wide_loss: whether PyTorch's cross entropy is taken in float64 (see `torch_procedure`).
         say: takes the lines for the user.
         progress: show a bar on stderr.
 
@@ -155,7 +157,8 @@ def compare_with_torch(
 
     ours = collect(analyze(ours_model, examples, options), "jaxgrad")
     model = load_torch_model(model_path, dtype=options.dtype)
-    reference = collect(measure_in_torch(model, tokenizer, examples, options), "PyTorch")
+    rows = measure_in_torch(model, tokenizer, examples, options, wide_loss=wide_loss)
+    reference = collect(rows, "PyTorch")
     return compare_results(ours, reference)
 
 

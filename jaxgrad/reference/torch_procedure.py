@@ -8,6 +8,7 @@ One thing is better than the authors had it: the cross entropy is taken in float
 float32 kernel on the CPU sums exp(logit) over the vocabulary with a bias, which at 49152 tokens
 lowers the loss by 5e-6 of its value and moves a sigma_1 by up to 2e-4, ten times more than all
 other rounding (SmolLM2-135M, AQuA, against the model in float64). It would hide errors of ours.
+`wide_loss=False` takes it as the authors had it.
 """
 
 import contextlib
@@ -198,7 +199,12 @@ def select_weights(model: Any, parameters: str) -> list[Weight]:
 
 
 def measure_in_torch(
-    model: Any, tokenizer: Any, examples: Iterable[Example], options: AnalyzeOptions
+    model: Any,
+    tokenizer: Any,
+    examples: Iterable[Example],
+    options: AnalyzeOptions,
+    *,
+    wide_loss: bool = True,
 ) -> Iterator[ExampleResult]:
     """The authors' loop.
 
@@ -207,6 +213,7 @@ def measure_in_torch(
         tokenizer: a `transformers` tokenizer.
         examples: from `read_examples`.
         options: protocol, chat, max_length, parameters, spectrum and extremes are read.
+        wide_loss: whether the cross entropy is taken in float64 (see the module's docstring).
 
     Yields:
         One result an example, in order, with the columns of `jaxgrad.results.schema` but for those
@@ -225,7 +232,7 @@ def measure_in_torch(
         if encoding.reason is not None:
             yield _result(example, encoding, "skipped", encoding.reason, None, {})
             continue
-        loss = _backward(model, encoding)
+        loss = _backward(model, encoding, wide_loss)
         finite = [bool(torch.isfinite(w.parameter.grad).all()) for w in weights]
         if math.isfinite(loss) and all(finite):
             yield _result(example, encoding, "ok", None, loss, _describe(weights, options))
@@ -234,7 +241,7 @@ def measure_in_torch(
             yield _result(example, encoding, "non_finite", reason, None, {})
 
 
-def _backward(model: Any, encoding: Encoding) -> float:
+def _backward(model: Any, encoding: Encoding, wide_loss: bool) -> float:
     input_ids = torch.tensor([encoding.token_ids])
     labels = input_ids.clone()
     labels[:, : encoding.num_prompt_tokens] = IGNORED_LABEL
@@ -242,9 +249,10 @@ def _backward(model: Any, encoding: Encoding) -> float:
     model.zero_grad(set_to_none=True)
     with float32_means_float64() if is_double else contextlib.nullcontext():
         logits = model(input_ids=input_ids, use_cache=False).logits
-    # The loss alone in float64 (see the module's docstring).
     loss = torch.nn.functional.cross_entropy(
-        logits[0, :-1].double(), labels[0, 1:], ignore_index=IGNORED_LABEL
+        logits[0, :-1].double() if wide_loss else logits[0, :-1],
+        labels[0, 1:],
+        ignore_index=IGNORED_LABEL,
     )
     loss.backward()
     return loss.item()
