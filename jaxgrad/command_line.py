@@ -37,7 +37,7 @@ def run(
     """Parse flags, call `main`, turn what happens into an exit code.
 
     0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
-    with `after_interrupt`, which says what is left and how to go on. Any other exception keeps its traceback.
+    # Its advice (that torch is missing, say) is not for our users; its errors reach them by ours.
     """
     # Compiled programs are kept between runs: the second analysis of a model starts at once.
     os.environ.setdefault(
