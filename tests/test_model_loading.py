@@ -141,11 +141,11 @@ def test_all_misfits_stand_in_one_error(tmp_path):
         assert part in message
 
 
-def test_weights_of_another_model_give_a_short_message(tmp_path):
+def test_weights_of_another_model_give_a_bounded_message(tmp_path):
     weights = {f"transformer.h.{i}.w": np.ones(2, np.float32) for i in range(50)}
     message = refusal(write_model(tmp_path / "m", weights=weights))
     assert f"{len(files_of().weights)} missing (" in message and "50 not known (" in message
-    assert len(message) < 700
+    assert len(message) < 2000  # twenty names of each kind, and the count
 
 
 def test_more_layers_than_weights_is_refused_at_once(tmp_path):

@@ -290,7 +290,8 @@ def test_no_warning_about_the_models_own_limit(name, caplog):
         item = tokenize(example("long enough", "too long"), tokenizer, Protocol(name, False, 15))
         assert item.truncated and not caplog.records
         tokenizer.encode("the handler does see the warning")
-        assert len(caplog.records) == 1
+        # Twice the same where another test has let this logger propagate to the root.
+        assert len({record.getMessage() for record in caplog.records}) == 1
     finally:
         logger.removeHandler(caplog.handler)
 
