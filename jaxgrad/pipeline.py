@@ -6,7 +6,6 @@ interrupted run, and is what `bin/analyze` calls.
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 import jax
 from tqdm import tqdm
 
-from jaxgrad.batches import Batch, batch_arrays, plan_batches, shape_bound
+from jaxgrad.batches import Batch, batch_arrays, count_shapes, plan_batches, shape_bound
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
 from jaxgrad.gradients import select_parameters
@@ -106,7 +105,7 @@ def analyze(
     for window in _windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
         for batch in window.batches:
-            yield from _measure(programs, model, window, batch, options)
+            yield from _measure(programs, model, window, batch)
 
 
 class Session:
@@ -214,17 +213,16 @@ def _run_one(
         return RunSummary(output_dir, earlier, reused=True)
     tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, data.examples, options)
     windows = _windows(tokenized, options)
-    shapes = Counter(batch.shape for window in windows for batch in window.batches)
+    shapes = count_shapes(batch for window in windows for batch in window.batches)
     programs, before = session.programs, session.programs.tally
     if shapes:
         largest = max(shapes, key=lambda s: (s.num_examples * s.num_tokens, s.num_responses))
         say(memory_line(programs.memory(largest), session.program_bytes))
     chat = uses_chat(checkpoint.tokenizer, options.chat)
-    selection = select_parameters(checkpoint.config, options.parameters)
     say(
         f"{model_line(checkpoint, options.dtype)} on {data.path}: "
         f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
-        f"{selection.num_matrices} matrices each, protocol {options.protocol}, "
+        f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
         f"{'chat template' if chat else 'plain text'}; "
         f"{len(shapes)} batch shapes (bound {shape_bound(options.max_length)})"
     )
@@ -237,7 +235,7 @@ def _run_one(
     }
     with RunDirectory.open(output_dir, identity, session_info(checkpoint, data)) as store:
         if not store.finished:
-            _run_windows(store, windows, programs, session.model, options, progress)
+            _run_windows(store, windows, programs, session.model, progress)
             store.finish(count_results(tokenized, output_dir, programs.tally_since(before)))
         counts = store.run["counts"]
     for line in summary_lines(counts):
@@ -251,7 +249,6 @@ def _run_windows(
     windows: Sequence[_Window],
     programs: Programs,
     model: LoadedModel,
-    options: AnalyzeOptions,
     progress: bool,
 ) -> None:
     plan = [
@@ -271,20 +268,19 @@ def _run_windows(
             for b, batch in enumerate(window.batches):
                 if (w, b) in done:
                     continue
-                store.write_batch(w, b, _measure(programs, model, window, batch, options))
+                store.write_batch(w, b, _measure(programs, model, window, batch))
                 bar.update(len(batch.members))
             skipped = [skipped_result(item) for item in window.tokenized if not item.measurable]
             store.finish_window(w, skipped, num_examples=len(window.tokenized))
 
 
 def _measure(
-    programs: Programs, model: LoadedModel, window: _Window, batch: Batch, options: AnalyzeOptions
+    programs: Programs, model: LoadedModel, window: _Window, batch: Batch
 ) -> list[ExampleResult]:
     arrays = batch_arrays(batch, window.tokenized)
     loss_B, statistics = programs.measure(model.state, batch.shape, arrays)
     members = [window.tokenized[member] for member in batch.members]
-    selection = select_parameters(model.config, options.parameters)
-    return example_results(members, loss_B, statistics, selection, model.config)
+    return example_results(members, loss_B, statistics, programs.selection, model.config)
 
 
 def _settings(config: Any, options: AnalyzeOptions) -> MeasureSettings:

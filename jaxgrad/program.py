@@ -17,7 +17,7 @@ from threadpoolctl import ThreadpoolController
 
 from jaxgrad.batches import BatchArrays, BatchShape
 from jaxgrad.dtypes import DTYPES
-from jaxgrad.gradients import ExampleArrays, to_example_arrays
+from jaxgrad.gradients import ExampleArrays, Selection, to_example_arrays
 from jaxgrad.measure import MeasureSettings, measure_batch
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
@@ -61,6 +61,11 @@ class Programs:
         # XLA's for the cores (T = 256 on two busy cores: 20 s an example instead of 3).
         self._blas = ThreadpoolController()
         self._compile_seconds = 0.0
+
+    @property
+    def selection(self) -> Selection:
+        """Which weights the programs measure."""
+        return self._settings.selection
 
     @property
     def tally(self) -> CompileTally:
