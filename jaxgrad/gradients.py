@@ -20,7 +20,7 @@ from flax import nnx
 from jaxgrad.dtypes import at_least_float32
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import PROJECTIONS
+from jaxgrad.models.decoder import PROJECTIONS, projections_of
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
@@ -47,15 +47,19 @@ class Selection:
 
 
 def parameter_names(config: DecoderConfig) -> dict[str, tuple[str, int]]:
-    """Hugging Face name of every measurable weight -> (projection, layer), in the decoder's order."""
+    """Name of every measurable weight -> (projection, layer), in the decoder's order.
+
+    The names are Llama's for every family, also where a checkpoint holds several fused in one weight.
+    """
     blocks = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
+    present = projections_of(config)
     names = {
         f"model.layers.{layer}.{block}.{projection}_proj.weight": (projection, layer)
         for projection, block in blocks.items()
+        if projection in present
         for layer in range(config.num_layers)
     }
-    if not config.tied_embeddings:
-        # A tied head shares its weight with the embedding, whose gradient is not that of a linear map.
+    if "lm_head" in present:
         names["lm_head.weight"] = ("lm_head", 0)
     return names
 
@@ -123,6 +127,11 @@ def _at(state: nnx.State, path: tuple[str, ...]) -> jax.Array:
     return node.get_value()
 
 
+def _num_tokens(example: ExampleArrays) -> jax.Array:
+    """Tokens without padding: a response ends its sequence, and its last token is only a target."""
+    return jnp.max(example.positions_S) + 2
+
+
 def _tap_zeros(
     graphdef: nnx.GraphDef, state: nnx.State, example: ExampleArrays, names: tuple[str, ...]
 ) -> nnx.State:
@@ -130,7 +139,7 @@ def _tap_zeros(
         # copy=True: the captures are stored on the module, so it must be this trace's own.
         model = nnx.merge(graphdef, state, copy=True)
         run = nnx.capture(model, nnx.Perturbation)
-        return run(example.tokens_T, example.positions_S)[1]
+        return run(example.tokens_T, example.positions_S, _num_tokens(example))[1]
 
     shapes = jax.eval_shape(forward, state, example)
     paths = {(*PROJECTIONS[name].module, "output") for name in names}
@@ -172,7 +181,7 @@ def example_gradients(
     def loss(chosen: nnx.State, taps: nnx.State) -> tuple[jax.Array, nnx.State]:
         model = nnx.merge(graphdef, chosen, rest, copy=True)
         run = nnx.capture(model, nnx.Intermediate, init=taps)
-        logits_SV, captured = run(example.tokens_T, example.positions_S)
+        logits_SV, captured = run(example.tokens_T, example.positions_S, _num_tokens(example))
         return response_loss(logits_SV, example), captured
 
     differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)

@@ -14,6 +14,7 @@ import jax
 
 from jaxgrad.examples import DataSet
 from jaxgrad.models import Checkpoint
+from jaxgrad.models.decoder import num_parameters
 from jaxgrad.program import CompileTally, MemoryPlan
 from jaxgrad.results import iter_results
 from jaxgrad.tokens import TokenizedExample
@@ -77,7 +78,7 @@ def memory_line(plan: MemoryPlan, program: int) -> str:
 
 def model_line(checkpoint: Checkpoint, dtype: str) -> str:
     """The model, its size and where it runs."""
-    millions = checkpoint.config.num_parameters / 1e6
+    millions = num_parameters(checkpoint.config) / 1e6
     return f"{checkpoint.name} ({millions:.1f}M, {dtype}, {jax.default_backend()})"
 
 

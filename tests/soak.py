@@ -12,7 +12,7 @@ import numpy as np
 from jaxgrad.batches import BatchArrays, BatchShape
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings
-from jaxgrad.models import DecoderConfig, Rope
+from jaxgrad.models import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.program import Programs
 
@@ -27,9 +27,8 @@ CONFIG = DecoderConfig(
     max_positions=256,
     activation="silu",
     norm_epsilon=1e-5,
-    rope=Rope(10000.0),
-    attention_bias=False,
-    mlp_bias=False,
+    kinds=(AttentionKind(Rope(10000.0)),),
+    layer_kinds=(0, 0),
     tied_embeddings=False,
 )
 # Around every threshold: T below and above the short sides 32 (k, v) and 96 (q, o, gate, up, down).

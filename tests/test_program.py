@@ -7,7 +7,8 @@ from jaxgrad import program
 from jaxgrad.batches import BatchShape
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings
-from jaxgrad.models import DecoderConfig, Rope
+from jaxgrad.models import AttentionKind, DecoderConfig, Rope
+from jaxgrad.models.decoder import num_parameters
 
 CONFIG = DecoderConfig(
     vocab_size=31,
@@ -20,9 +21,8 @@ CONFIG = DecoderConfig(
     max_positions=64,
     activation="silu",
     norm_epsilon=1e-5,
-    rope=Rope(10000.0),
-    attention_bias=False,
-    mlp_bias=False,
+    kinds=(AttentionKind(Rope(10000.0)),),
+    layer_kinds=(0, 0),
     tied_embeddings=True,
 )
 
@@ -57,6 +57,6 @@ def test_a_shape_is_compiled_once_and_counted():
 def test_the_memory_plan_counts_weights_exactly_and_grows_with_the_batch():
     programs = make_programs()
     small, large = (programs.memory(BatchShape(1, T, 4)) for T in (8, 64))
-    assert small.weights == large.weights == CONFIG.num_parameters * 4
+    assert small.weights == large.weights == num_parameters(CONFIG) * 4
     assert 0 < small.work_space < large.work_space
     assert large.total == large.weights + large.work_space

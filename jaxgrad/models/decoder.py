@@ -1,4 +1,4 @@
-"""The one decoder: pre-norm transformer, layers stacked and scanned, no cache.
+"""The one decoder: layers stacked and scanned, no cache; options are fields of its config.
 
 A forward pass takes one example; batches are `jax.vmap`'s job. Every linear map adds a tap
 (`perturb`) to its output, and its input is sown once for all projections that share it, so that
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxgrad.dtypes import at_least_float32
+from jaxgrad.models.attention import AttentionTables, causal_attention, layer_tables, rotate
 from jaxgrad.models.config import Activation, DecoderConfig
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
@@ -50,6 +51,15 @@ PROJECTIONS: dict[str, Projection] = {
 }
 
 
+def projections_of(config: DecoderConfig) -> tuple[str, ...]:
+    """The projections whose weights a decoder has and that are linear maps of its own.
+
+    A tied head shares its weight with the embedding, whose gradient is not that of a linear map.
+    """
+    absent = {"gate": not config.gated_mlp, "lm_head": config.tied_embeddings}
+    return tuple(name for name in PROJECTIONS if not absent.get(name))
+
+
 def _sow_input(module: nnx.Module, name: str, value: jax.Array) -> None:
     module.sow(nnx.Intermediate, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
@@ -72,76 +82,73 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm, its mean square in at least float32."""
+    """RMSNorm or LayerNorm over the last axis, in at least float32 up to its end."""
 
-    def __init__(self, width: int, epsilon: float, *, stack: tuple[int, ...], dtype: Any):
+    def __init__(self, width: int, config: DecoderConfig, *, stack: tuple[int, ...], dtype: Any):
+        self.kind, self.epsilon = config.norm, config.norm_epsilon
         self.weight = nnx.Param(jnp.zeros((*stack, width), dtype))
-        self.epsilon = epsilon
+        has_bias = self.kind == "layer"
+        self.bias = nnx.Param(jnp.zeros((*stack, width), dtype)) if has_bias else None
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
-        """[T, D] -> [T, D]."""
-        x = x_TD.astype(at_least_float32(x_TD.dtype))
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        x = inputs.astype(at_least_float32(inputs.dtype))
+        if self.kind == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x.astype(x_TD.dtype) * self.weight[...][None, :]
-
-
-def rotate(x_TNH: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
-    """Turn each pair (x[h], x[h + H/2]) by its position's angle, in the dtype of the angles."""
-    cos, sin = (part[:, None, :] for part in cos_sin_2TH)
-    first, second = jnp.split(x_TNH.astype(cos.dtype), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_TNH.dtype)
-
-
-# Rematerialised: the scores are T x T a head and layer, which at T = 1024 is most of the memory of
-# a forward pass, and recomputing them costs a few percent.
-@jax.checkpoint
-def causal_attention(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> jax.Array:
-    """Grouped-query attention over the tokens up to each position, [T, N, H]."""
-    num_tokens, num_heads, head_size = q_TNH.shape
-    num_kv_heads = k_TKH.shape[1]
-    q_TKGH = q_TNH.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_size)
-    scores_KGTS = jnp.einsum("tkgh,skh->kgts", q_TKGH, k_TKH) * (head_size**-0.5)
-    position = np.arange(num_tokens)
-    visible_11TS = (position[:, None] >= position[None, :])[None, None]
-    scores_KGTS = scores_KGTS.astype(at_least_float32(q_TNH.dtype))
-    scores_KGTS = jnp.where(visible_11TS, scores_KGTS, -jnp.inf)
-    weights_KGTS = jax.nn.softmax(scores_KGTS, axis=-1).astype(q_TNH.dtype)
-    return jnp.einsum("kgts,skh->tkgh", weights_KGTS, v_TKH).reshape(q_TNH.shape)
+        along_last = (*[None] * (x.ndim - 1), slice(None))
+        weight = self.weight[...].astype(x.dtype)[along_last]
+        x = x * (1 + weight if self.kind == "rms_plus_one" else weight)
+        if self.bias is not None:
+            x = x + self.bias[...].astype(x.dtype)[along_last]
+        return x.astype(inputs.dtype)
 
 
 class Attention(nnx.Module):
     """Projections q, k, v, o around grouped-query attention."""
 
     def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: Any):
-        options: dict[str, Any] = {"bias": config.attention_bias, "stack": stack, "dtype": dtype}
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.config = config
         attention_width = config.num_heads * config.head_size
         kv_width = config.num_kv_heads * config.head_size
-        self.q = Linear(attention_width, config.width, **options)
-        self.k = Linear(kv_width, config.width, **options)
-        self.v = Linear(kv_width, config.width, **options)
-        self.o = Linear(config.width, attention_width, **options)
+        options: dict[str, Any] = {"stack": stack, "dtype": dtype}
+        self.q = Linear(attention_width, config.width, bias=config.qkv_bias, **options)
+        self.k = Linear(kv_width, config.width, bias=config.qkv_bias, **options)
+        self.v = Linear(kv_width, config.width, bias=config.qkv_bias, **options)
+        self.o = Linear(config.width, attention_width, bias=config.output_bias, **options)
+        sizes = {"none": None, "head": (config.head_size,) * 2, "full": (attention_width, kv_width)}
+        size = sizes[config.qk_norm]
+        self.q_norm = Norm(size[0], config, **options) if size else None
+        self.k_norm = Norm(size[1], config, **options) if size else None
 
-    def __call__(self, x_TD: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
-        """[T, D] -> [T, D]; the angles are those of `Rope.cos_sin`."""
+    def __call__(self, x_TD: jax.Array, tables: AttentionTables) -> jax.Array:
+        """[T, D] -> [T, D]."""
+        config = self.config
         _sow_input(self, "qkv_input", x_TD)
-        num_tokens = x_TD.shape[0]
-        q_TNH = self.q(x_TD).reshape(num_tokens, self.num_heads, -1)
-        k_TKH = self.k(x_TD).reshape(num_tokens, self.num_kv_heads, -1)
-        v_TKH = self.v(x_TD).reshape(num_tokens, self.num_kv_heads, -1)
-        q_TNH, k_TKH = rotate(q_TNH, cos_sin_2TH), rotate(k_TKH, cos_sin_2TH)
-        mixed_TO = causal_attention(q_TNH, k_TKH, v_TKH).reshape(num_tokens, -1)
+        q_TNH = self._heads(self.q(x_TD), self.q_norm, config.num_heads)
+        k_TKH = self._heads(self.k(x_TD), self.k_norm, config.num_kv_heads)
+        v_TKH = self._heads(self.v(x_TD), None, config.num_kv_heads)
+        if tables.cos_sin_2TR is not None:
+            q_TNH, k_TKH = rotate(q_TNH, tables.cos_sin_2TR), rotate(k_TKH, tables.cos_sin_2TR)
+        mixed_TNH = causal_attention(q_TNH, k_TKH, v_TKH, tables, softcap=config.attention_softcap)
+        mixed_TO = mixed_TNH.reshape(x_TD.shape[0], -1)
         _sow_input(self, "o_input", mixed_TO)
         return self.o(mixed_TO)
 
+    def _heads(self, x_TO: jax.Array, norm: Norm | None, num_heads: int) -> jax.Array:
+        if norm is not None and self.config.qk_norm == "full":
+            x_TO = norm(x_TO)
+        x_TNH = x_TO.reshape(x_TO.shape[0], num_heads, -1)
+        return norm(x_TNH) if norm is not None and self.config.qk_norm == "head" else x_TNH
 
-class GatedMlp(nnx.Module):
-    """down(activation(gate(x)) * up(x))."""
+
+class Mlp(nnx.Module):
+    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
 
     def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: Any):
         options: dict[str, Any] = {"bias": config.mlp_bias, "stack": stack, "dtype": dtype}
-        self.gate = Linear(config.mlp_width, config.width, **options)
+        gated = config.gated_mlp
+        self.gate = Linear(config.mlp_width, config.width, **options) if gated else None
         self.up = Linear(config.mlp_width, config.width, **options)
         self.down = Linear(config.width, config.mlp_width, **options)
         self.activation = config.activation
@@ -149,25 +156,47 @@ class GatedMlp(nnx.Module):
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """[T, D] -> [T, D]."""
         _sow_input(self, "gate_up_input", x_TD)
-        hidden_TF = ACTIVATIONS[self.activation](self.gate(x_TD)) * self.up(x_TD)
+        activate = ACTIVATIONS[self.activation]
+        if self.gate is None:
+            hidden_TF = activate(self.up(x_TD))
+        else:
+            hidden_TF = activate(self.gate(x_TD)) * self.up(x_TD)
         _sow_input(self, "down_input", hidden_TF)
         return self.down(hidden_TF)
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each on the normed stream and added to it. Holds all layers, stacked."""
+    """Attention and MLP, each added to the stream. Holds the weights of all layers, stacked."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any):
+        self.config = config
         options: dict[str, Any] = {"stack": (config.num_layers,), "dtype": dtype}
-        self.attention_norm = Norm(config.width, config.norm_epsilon, **options)
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.attention_norm = Norm(config.width, config, **options) if before else None
         self.attention = Attention(config, **options)
-        self.mlp_norm = Norm(config.width, config.norm_epsilon, **options)
-        self.mlp = GatedMlp(config, **options)
+        self.attention_post_norm = Norm(config.width, config, **options) if after else None
+        self.mlp_norm = Norm(config.width, config, **options) if before else None
+        self.mlp = Mlp(config, **options)
+        self.mlp_post_norm = Norm(config.width, config, **options) if after else None
 
-    def __call__(self, x_TD: jax.Array, cos_sin_2TH: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, tables: AttentionTables) -> jax.Array:
         """[T, D] -> [T, D], of one layer: `Decoder` scans over the stack."""
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_sin_2TH)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+        def normed(norm: Norm | None, x_TD: jax.Array) -> jax.Array:
+            return x_TD if norm is None else norm(x_TD)
+
+        def added(x_TD: jax.Array, norm: Norm | None, change_TD: jax.Array) -> jax.Array:
+            return x_TD + _scaled(normed(norm, change_TD), self.config.residual_scale)
+
+        attended_TD = self.attention(normed(self.attention_norm, x_TD), tables)
+        middle_TD = added(x_TD, self.attention_post_norm, attended_TD)
+        mlp_input_TD = x_TD if self.config.parallel_residual else middle_TD
+        mapped_TD = self.mlp(normed(self.mlp_norm, mlp_input_TD))
+        return added(middle_TD, self.mlp_post_norm, mapped_TD)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1.0 else x * factor
 
 
 class Decoder(nnx.Module):
@@ -176,40 +205,61 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32):
         self.config = config
         self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.width), dtype))
+        self.position_embedding = (
+            nnx.Param(jnp.zeros((config.max_positions, config.width), dtype))
+            if config.learned_positions
+            else None
+        )
         self.layers = Layer(config, dtype=dtype)
-        self.final_norm = Norm(config.width, config.norm_epsilon, stack=(), dtype=dtype)
+        self.final_norm = Norm(config.width, config, stack=(), dtype=dtype)
         self.lm_head = (
             None
             if config.tied_embeddings
             else Linear(config.vocab_size, config.width, bias=False, stack=(), dtype=dtype)
         )
 
-    def __call__(self, tokens_T: jax.Array, positions_S: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens_T: jax.Array, positions_S: jax.Array, num_tokens: jax.Array | None = None
+    ) -> jax.Array:
         """Logits [S, V] of the next token after each of `positions_S`.
 
         Args:
             tokens_T: token ids, int32. Padding stands on the right, where no position sees it.
             positions_S: the positions whose logits are wanted, int32; the head runs on no other.
+            num_tokens: tokens without the padding, an int32 scalar; None for T. Read only where
+                the rope depends on it (`Rope.depends_on_length`).
         """
-        x_TD = self.embedding[...][tokens_T]
-        cos_sin_2TH = jnp.asarray(
-            self.config.rope.cos_sin(
-                tokens_T.shape[0], self.config.head_size, np.dtype(at_least_float32(x_TD.dtype))
-            )
-        )
+        config = self.config
+        x_TD = _scaled(self.embedding[...][tokens_T], config.embedding_scale)
+        if self.position_embedding is not None:
+            x_TD = x_TD + self.position_embedding[...][: tokens_T.shape[0]]
+        dtype = np.dtype(at_least_float32(x_TD.dtype))
+        tables, per_layer = layer_tables(config, tokens_T.shape[0], num_tokens, dtype)
         scan = nnx.scan(
-            lambda layer, x_TD: layer(x_TD, cos_sin_2TH),
-            in_axes=(0, nnx.Carry),
+            lambda layer, place, x_TD: layer(x_TD, tables(place)),
+            in_axes=(0, 0, nnx.Carry),
             out_axes=nnx.Carry,
         )
-        x_TD = scan(self.layers, x_TD)
+        x_TD = scan(self.layers, per_layer, x_TD)
         x_SD = self.final_norm(x_TD[positions_S])
         if self.lm_head is None:
-            return jnp.einsum("sd,vd->sv", x_SD, self.embedding[...])
-        _sow_input(self, "head_input", x_SD)
-        return self.lm_head(x_SD)
+            logits_SV = jnp.einsum("sd,vd->sv", x_SD, self.embedding[...])
+        else:
+            _sow_input(self, "head_input", x_SD)
+            logits_SV = self.lm_head(x_SD)
+        logits_SV = _scaled(logits_SV, config.logit_scale)
+        if config.logit_softcap is not None:
+            logits_SV = logits_SV.astype(dtype)
+            logits_SV = config.logit_softcap * jnp.tanh(logits_SV / config.logit_softcap)
+        return logits_SV
 
 
 def abstract_decoder(config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
     """The decoder's structure and the shapes of its weights, without allocating any."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Scalars in all weights; a tied head is the embedding and counts once."""
+    _, state = abstract_decoder(config, jnp.float32)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))

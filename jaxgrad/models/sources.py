@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,9 @@ from jaxgrad.errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# After so many bytes a file is opened anew. The pages of a mapped file count as this process's
+# memory for as long as the mapping stands.
+REOPEN_BYTES = 256 * 2**20
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -23,7 +26,7 @@ class WeightSource(Protocol):
     where: str
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape, without reading its values."""
+        """Every tensor's name and shape, in the order in which reading is cheapest."""
 
     def why_unreadable(self, name: str) -> str | None:
         """What keeps the tensor's values from being weights; None where nothing does."""
@@ -91,11 +94,12 @@ class SafetensorsDirectory:
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        self._handles: dict[Path, Any] = {}
+        self._open_file: tuple[Path, Any] | None = None
+        self._bytes_read = 0
         weight_map = self._weight_map(directory / INDEX_NAME)
         for path in self._find_files(directory, weight_map):
             handle = self._open(path)
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+            for name in handle.offset_keys():
                 if name in self._file_of:
                     raise UserError(
                         f"{path}: weight {name} stands in {self._file_of[name].name} as well; "
@@ -164,18 +168,16 @@ class SafetensorsDirectory:
         )
 
     def _open(self, path: Path) -> Any:
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
-                raise UserError(
-                    f"{path} is not a complete safetensors file ({error}); "
-                    f"it has {path.stat().st_size} bytes: download it again"
-                ) from error
-        return self._handles[path]
+        try:
+            return safe_open(path, framework="numpy")
+        except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
+            raise UserError(
+                f"{path} is not a complete safetensors file ({error}); "
+                f"it has {path.stat().st_size} bytes: download it again"
+            ) from error
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape."""
+        """Every tensor's name and shape, in the order of the files."""
         return self._shapes
 
     def why_unreadable(self, name: str) -> str | None:
@@ -185,16 +187,13 @@ class SafetensorsDirectory:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values in the dtype of the file."""
+        path = self._file_of[name]
+        if self._open_file is None or self._open_file[0] != path or self._bytes_read > REOPEN_BYTES:
+            self._open_file = None  # closes the other one first
+            self._open_file, self._bytes_read = (path, self._open(path)), 0
         try:
-            return self._open(self._file_of[name]).get_tensor(name)
+            values = self._open_file[1].get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self._file_of[name]}: {name} cannot be read: {error}") from error
-
-
-def expand_layers(template: str, num_layers: int) -> Iterator[str]:
-    """A key's names: one a layer where it has "{layer}", itself where not."""
-    if "{layer}" not in template:
-        yield template
-    else:
-        for layer in range(num_layers):
-            yield template.replace("{layer}", str(layer))
+            raise UserError(f"{path}: {name} cannot be read: {error}") from error
+        self._bytes_read += values.nbytes
+        return values

@@ -14,7 +14,6 @@ other rounding (SmolLM2-135M, AQuA, against the model in float64). It would hide
 import contextlib
 import importlib.util
 import math
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -25,7 +24,7 @@ import numpy as np
 from jaxgrad import tokens
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Example
-from jaxgrad.models.load import resolve_model
+from jaxgrad.models.places import resolve_model
 from jaxgrad.pipeline import AnalyzeOptions
 from jaxgrad.results import ExampleResult
 
@@ -36,12 +35,10 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"the comparison needs PyTorch, which is not installed: {INSTALL}") from error
 
+from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402 - needs torch
+
 IGNORED_LABEL = -100  # PyTorch's cross entropy leaves these out of its mean
 UNDEFINED_BELOW = 1e-12  # a nuclear norm below has no effective rank
-
-_ATTENTION = ("q", "k", "v", "o")
-_MLP = ("gate", "up", "down")
-_LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.weight")
 
 
 class Encoding(NamedTuple):
@@ -58,15 +55,6 @@ class Encoding(NamedTuple):
     num_prompt_tokens: int
     truncated: bool
     reason: str | None
-
-
-class Weight(NamedTuple):
-    """One measured weight, an `nn.Parameter`; the layer of `lm_head` is None."""
-
-    name: str
-    projection: str
-    layer: int | None
-    parameter: Any
 
 
 def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
@@ -121,9 +109,11 @@ def _to_double(model: Any) -> None:
     model.double()
     with float32_means_float64():
         for module in model.modules():
-            # The frequencies were computed in float32, which `double()` does not mend.
-            if hasattr(module, "inv_freq"):
+            # What was computed in float32 is not mended by `double()`.
+            if type(module).__name__.endswith("RotaryEmbedding"):
                 module.__init__(module.config)
+            elif hasattr(module, "scalar_embed_scale"):
+                module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
 
 
 def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) -> Encoding:
@@ -173,31 +163,6 @@ def _chat_prompt(example: Example, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turns, **options)
 
 
-def select_weights(model: Any, parameters: str) -> list[Weight]:
-    """The weights that `--parameters` names, in the order of the results' matrices table."""
-    order = (*_ATTENTION, *_MLP)
-    groups = {"attention": _ATTENTION, "mlp": _MLP, "all": (*order, "lm_head")}
-    weights = []
-    for name, parameter in model.named_parameters():  # a tied head is not among them
-        match = _LAYER_WEIGHT.fullmatch(name)
-        if match:
-            weights.append(Weight(name, match[2], int(match[1]), parameter))
-        elif name == "lm_head.weight":
-            weights.append(Weight(name, "lm_head", None, parameter))
-
-    def wanted(weight: Weight) -> bool:
-        if parameters in groups:
-            return weight.projection in groups[parameters]
-        return re.search(parameters, weight.name) is not None
-
-    def place(weight: Weight) -> tuple[bool, int, int]:
-        if weight.layer is None:
-            return True, 0, 0
-        return False, weight.layer, order.index(weight.projection)
-
-    return sorted(filter(wanted, weights), key=place)
-
-
 def measure_in_torch(
     model: Any,
     tokenizer: Any,
@@ -233,7 +198,7 @@ def measure_in_torch(
             yield _result(example, encoding, "skipped", encoding.reason, None, {})
             continue
         loss = _backward(model, encoding, wide_loss)
-        finite = [bool(torch.isfinite(w.parameter.grad).all()) for w in weights]
+        finite = [bool(torch.isfinite(weight.gradient()).all()) for weight in weights]
         if math.isfinite(loss) and all(finite):
             yield _result(example, encoding, "ok", None, loss, _describe(weights, options))
         else:  # an SVD of NaN is an error in PyTorch
@@ -261,7 +226,7 @@ def _backward(model: Any, encoding: Encoding, wide_loss: bool) -> float:
 def _describe(weights: list[Weight], options: AnalyzeOptions) -> dict[str, list]:
     columns: dict[str, list] = {}
     for weight in weights:
-        gradient = weight.parameter.grad
+        gradient = weight.gradient()
         row = {
             "layer": weight.layer,
             "projection": weight.projection,

@@ -1,0 +1,188 @@
+"""Llama and the families that differ from it by a few switches."""
+
+from typing import Any
+
+from jaxgrad.models.config import AttentionKind
+from jaxgrad.models.families.attributes import Attributes
+from jaxgrad.models.families.common import (
+    NORMS_AFTER,
+    ROTARY_BUFFERS,
+    by_layer,
+    llama_keys,
+    read_sizes,
+    read_windows,
+)
+from jaxgrad.models.families.family import Family, Key
+from jaxgrad.models.families.rope import read_rope
+
+
+def _one_kind(
+    attributes: Attributes, fields: dict[str, Any], window: int | None = None, **rope: Any
+) -> dict[str, Any]:
+    kind = AttentionKind(
+        read_rope(attributes, max_positions=fields["max_positions"], **rope), window
+    )
+    return by_layer([kind] * fields["num_layers"])
+
+
+def read_llama(attributes: Attributes) -> dict[str, Any]:
+    """Llama 2, 3, 3.1, 3.2 and everything that ships as LlamaForCausalLM (SmolLM2)."""
+    # Tensor-parallel slicing of the training code; the sum over slices is the plain product.
+    attributes.require("pretraining_tp", 1)
+    # What nanotron writes into SmolLM2's: half-rotation, as everybody else's.
+    attributes.require("rope_interleaved", False)
+    attributes.require("is_llama_config", True)
+    fields = read_sizes(attributes)
+    bias = attributes.switch("attention_bias", False)
+    fields |= {"qkv_bias": bias, "output_bias": bias}
+    fields["mlp_bias"] = attributes.switch("mlp_bias", False)
+    return fields | _one_kind(attributes, fields)
+
+
+def read_mistral(attributes: Attributes) -> dict[str, Any]:
+    """Mistral 7B and its kin: Llama with a sliding window, or, since 0.2, without."""
+    fields = read_sizes(attributes, kv_heads=8)
+    window = attributes.optional_count("sliding_window", 4096)
+    return fields | _one_kind(attributes, fields, window)
+
+
+def read_qwen2(attributes: Attributes) -> dict[str, Any]:
+    """Qwen2 and 2.5: biases on q, k and v; a window, where one is switched on, for late layers."""
+    fields = read_sizes(attributes, kv_heads=32) | {"qkv_bias": True}
+    return fields | _qwen_kinds(attributes, fields)
+
+
+def read_qwen3(attributes: Attributes) -> dict[str, Any]:
+    """Qwen3: queries and keys are normed by head."""
+    bias = attributes.switch("attention_bias", False)
+    fields = read_sizes(attributes, kv_heads=32, head_size=128)
+    fields |= {"qk_norm": "head", "qkv_bias": bias, "output_bias": bias}
+    return fields | _qwen_kinds(attributes, fields)
+
+
+def _qwen_kinds(attributes: Attributes, fields: dict[str, Any]) -> dict[str, Any]:
+    attributes.require("use_mrope", False)
+    num_layers = fields["num_layers"]
+    window = attributes.optional_count("sliding_window", 4096)
+    if not attributes.switch("use_sliding_window", False):
+        window = None
+    first = attributes.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        attributes.problem(f"max_window_layers is {first!r}, not a whole number")
+        first = 0
+    slides = [window is not None and layer >= first for layer in range(num_layers)]
+    windows = read_windows(attributes, num_layers, window, slides)
+    rope = read_rope(attributes, max_positions=fields["max_positions"])
+    return by_layer([AttentionKind(rope, window) for window in windows])
+
+
+def read_phi3(attributes: Attributes) -> dict[str, Any]:
+    """Phi-3, 3.5 and Phi-4 (mini and 14B): fused weights, part of a head rotated, LongRoPE."""
+    code = attributes.get("auto_map", None)
+    if code is not None and not _is_phi3_code(code):
+        attributes.problem(f"auto_map = {code!r} (the model brings code of its own, never run)")
+    for name, neutral in PHI3_NEUTRAL.items():
+        attributes.require(name, neutral)
+    fields = read_sizes(attributes)
+    attributes.get("original_max_position_embeddings", None)  # LongRoPE's; it means nothing else
+    window = attributes.optional_count("sliding_window", None)
+    return fields | _one_kind(attributes, fields, window, fraction_name="partial_rotary_factor")
+
+
+# Microsoft's own attributes, which its published models leave alone.
+PHI3_NEUTRAL = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+}
+
+
+def _is_phi3_code(code: Any) -> bool:
+    """Whether an auto_map names Microsoft's own files, whose model is transformers' `phi3`."""
+    return isinstance(code, dict) and all(
+        key == "AutoTokenizer" or (isinstance(name, str) and name.split(".")[-1].startswith("Phi3"))
+        for key, name in code.items()
+    )
+
+
+def read_olmo2(attributes: Attributes) -> dict[str, Any]:
+    """OLMo 2: norms after attention and MLP, and of queries and keys over all heads together."""
+    bias = attributes.switch("attention_bias", False)
+    fields = read_sizes(attributes)
+    fields |= {"qkv_bias": bias, "output_bias": bias, "norm_placement": "after", "qk_norm": "full"}
+    return fields | _one_kind(attributes, fields)
+
+
+def read_smollm3(attributes: Attributes) -> dict[str, Any]:
+    """SmolLM3: every fourth layer has no rope."""
+    attributes.get("pretraining_tp", 1)  # as for Llama; the published file says 2
+    attributes.get("max_window_layers", None)  # left over from Qwen2, whose class reads it
+    fields = read_sizes(attributes, kv_heads=4, tied=True)
+    bias = attributes.switch("attention_bias", False)
+    fields |= {"qkv_bias": bias, "output_bias": bias}
+    fields["mlp_bias"] = attributes.switch("mlp_bias", False)
+    num_layers = fields["num_layers"]
+    interval = attributes.count("no_rope_layer_interval", 4)
+    rotated = attributes.by_layer("no_rope_layers", num_layers, (0, 1))
+    if rotated is None:
+        rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    window = attributes.optional_count("sliding_window", None)
+    if not attributes.switch("use_sliding_window", False):
+        window = None
+    slides = [window is not None and not turns for turns in rotated]
+    windows = read_windows(attributes, num_layers, window, slides)
+    rope = read_rope(attributes, max_positions=fields["max_positions"], theta=2e6)
+    kinds = zip(rotated, windows, strict=True)
+    return fields | by_layer([AttentionKind(rope if turns else None, w) for turns, w in kinds])
+
+
+def read_granite(attributes: Attributes) -> dict[str, Any]:
+    """Granite 3 (dense): multipliers of embedding, attention, residual stream and logits."""
+    fields = read_sizes(attributes)
+    bias = attributes.switch("attention_bias", False)
+    fields |= {
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": attributes.switch("mlp_bias", False),
+        "embedding_scale": attributes.number("embedding_multiplier", 1.0),
+        "attention_scale": attributes.number("attention_multiplier", 1.0),
+        "residual_scale": attributes.number("residual_multiplier", 1.0),
+        "logit_scale": 1 / attributes.number("logits_scaling", 1.0),
+    }
+    return fields | _one_kind(attributes, fields)
+
+
+def _phi3_keys() -> dict[str, Key]:
+    keys = llama_keys()
+    for module, block, fused, names in (
+        ("attention", "self_attn", "qkv_proj", ("q", "k", "v")),
+        ("mlp", "mlp", "gate_up_proj", ("gate", "up")),
+    ):
+        members = tuple(f"layers.{module}.{name}.weight" for name in names)
+        key = Key(f"model.layers.{{layer}}.{block}.{fused}.weight", members)
+        keys |= dict.fromkeys(members, key)
+    return keys
+
+
+_LLAMA_KEYS = llama_keys()
+LLAMA_LIKE = (
+    Family(
+        "Llama 2, 3, 3.1, 3.2; SmolLM2",
+        "llama",
+        "LlamaForCausalLM",
+        read_llama,
+        _LLAMA_KEYS,
+        ROTARY_BUFFERS,
+    ),
+    Family(
+        "Mistral 7B", "mistral", "MistralForCausalLM", read_mistral, _LLAMA_KEYS, ROTARY_BUFFERS
+    ),
+    Family("Qwen2, Qwen2.5", "qwen2", "Qwen2ForCausalLM", read_qwen2, _LLAMA_KEYS),
+    Family("Qwen3", "qwen3", "Qwen3ForCausalLM", read_qwen3, _LLAMA_KEYS),
+    Family("Phi-3, Phi-3.5, Phi-4", "phi3", "Phi3ForCausalLM", read_phi3, _phi3_keys()),
+    Family("OLMo 2", "olmo2", "Olmo2ForCausalLM", read_olmo2, llama_keys(NORMS_AFTER)),
+    Family("SmolLM3", "smollm3", "SmolLM3ForCausalLM", read_smollm3, _LLAMA_KEYS),
+    Family("Granite 3", "granite", "GraniteForCausalLM", read_granite, _LLAMA_KEYS),
+)

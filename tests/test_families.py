@@ -1,0 +1,119 @@
+"""Every family against transformers and PyTorch: logits, losses, and the spectra of every gradient.
+
+The gradients are ours by the factors, as the program takes them; their spectra are NumPy's, because
+the program's own reduction does not know of families (`test_parity` and `test_spectra` hold it to
+this one). Two examples share a padded batch: one longer than the window and than longrope's change
+of factors, one shorter than the latter.
+"""
+
+import functools
+
+import family_models
+import jax
+import numpy as np
+import pytest
+from test_parity import LONG, OPTIONS, SHORT, our_logits, torch_logits
+
+from jaxgrad import reference
+from jaxgrad.batches import Batch, BatchShape, batch_arrays
+from jaxgrad.gradients import example_gradients, parameter_names, to_example_arrays
+from jaxgrad.models import load_model
+from jaxgrad.models.decoder import projections_of
+from jaxgrad.tokens import Protocol, tokenize_all
+
+SHAPE = BatchShape(2, 64, 48)
+# float32: what two correct programs differ by; PyTorch's effective rank counts its null values.
+TOLERANCES = {
+    "float32": {"logits": 1e-5, "loss": 1e-5, "norms": 1e-4, "effective_rank": 5e-4},
+    "float64": dict.fromkeys(("logits", "loss", "norms", "effective_rank"), 1e-8),
+}
+NORMS = ("nuclear_norm", "sigma_max", "frobenius_norm")
+
+
+class Case:
+    """One model, and what was computed of it so far."""
+
+    def __init__(self, directory):
+        self.directory = str(directory)
+
+    @functools.cache  # noqa: B019 - a case lives as long as its module
+    def model(self, dtype):
+        return load_model(self.directory, dtype=dtype)
+
+    @functools.cache  # noqa: B019
+    def torch_model(self, dtype):
+        return reference.load_torch_model(self.directory, dtype=dtype)
+
+    def tokenized(self):
+        protocol = Protocol("paper", False, OPTIONS.max_length)
+        return tokenize_all([SHORT, LONG], self.model("float32").tokenizer, protocol)
+
+
+@pytest.fixture(scope="module", params=family_models.MODELS)
+def case(request, tmp_path_factory):
+    model = family_models.MODELS[request.param]
+    return Case(family_models.save_model(model, tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_family_gives_pytorch_s_numbers(case, dtype):
+    allowed = TOLERANCES[dtype]
+    short, long = (item.token_ids for item in case.tokenized())
+    assert len(short) < family_models.SHORT_LENGTH < len(long)
+    assert len(long) > 3 * family_models.WINDOW
+    expected = torch_logits(case.torch_model(dtype), long.tolist())
+    error = np.abs(our_logits(case.model(dtype), long) - expected).max() / np.abs(expected).max()
+    assert error < allowed["logits"]
+
+    tokenizer = case.model("float32").tokenizer
+    theirs = list(
+        reference.measure_in_torch(case.torch_model(dtype), tokenizer, [SHORT, LONG], OPTIONS)
+    )
+    losses, gradients = our_gradients(case, dtype)
+    for b, row in enumerate(theirs):
+        assert losses[b] == pytest.approx(row.loss, rel=allowed["loss"])
+        names = list(zip(row.matrices["projection"], row.matrices["layer"], strict=True))
+        assert len(names) == len(parameter_names(case.model(dtype).config))
+        for place, (projection, layer) in enumerate(names):
+            ours = describe(gradients[projection][b, layer or 0])
+            for statistic, value in ours.items():
+                tolerance = allowed["norms" if statistic in NORMS else statistic]
+                wanted = row.matrices[statistic][place]
+                assert value == pytest.approx(wanted, rel=tolerance), (projection, layer, statistic)
+
+
+def our_gradients(case, dtype):
+    """Losses [B], and the gradients [B, L, O, I] of every projection."""
+    model = case.model(dtype)
+    names = projections_of(model.config)
+    arrays = batch_arrays(Batch(SHAPE, (0, 1)), case.tokenized())
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        batch = to_example_arrays(
+            arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
+        )
+
+        def one(example):
+            loss, factors, _ = example_gradients(model.graphdef, model.state, example, names)
+            return loss, factors
+
+        losses, factors = jax.device_get(jax.jit(jax.vmap(one))(batch))
+    gradients = {
+        name: np.einsum(
+            "blto,blti->bloi",
+            factor.output_grad_LTO.astype(np.float64),
+            factor.input_LTI.astype(np.float64),
+        )
+        for name, factor in factors.items()
+    }
+    return losses, gradients
+
+
+def describe(gradient_OI):
+    sigma = np.linalg.svd(gradient_OI, compute_uv=False)
+    share = sigma[sigma > 0] / sigma.sum()
+    return {
+        "nuclear_norm": sigma.sum(),
+        "sigma_max": sigma[0],
+        "frobenius_norm": np.sqrt((gradient_OI**2).sum()),
+        "effective_rank": np.exp(-np.sum(share * np.log(share))),
+    }
