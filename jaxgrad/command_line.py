@@ -37,14 +37,13 @@ def run(
     """Parse flags, call `main`, turn what happens into an exit code.
 
     0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
-    # Its advice (that torch is missing, say) is not for our users; its errors reach them by ours.
+    with a line that says how to go on. Any other exception keeps its traceback.
     """
     # Compiled programs are kept between runs: the second analysis of a model starts at once.
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxgrad/compiled")
     )
-
-    # Its advice (that torch is missing, say) is not for our users; its errors reach them through ours.
+    # transformers' advice (that torch is missing, say) is not for our users.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     def parse(arguments: list[str]) -> list[str]:
@@ -110,6 +109,23 @@ def _usage(name: str, flag: Any) -> str:
     return f"{name}={value}{default}"
 
 
+def define_model_flags() -> FlagGroup:
+    """The model."""
+    flags.DEFINE_string(
+        "model_path",
+        None,
+        "A Hugging Face directory (safetensors), a hub id, a .gguf file, or a directory of bin/convert. "
+        "Not given: the embedded SmolLM2-135M-Instruct.",
+    )
+    return FlagGroup("Model", ("model_path",))
+
+
+def define_directory_flags() -> FlagGroup:
+    """Where a converted model goes."""
+    flags.DEFINE_string("output_dir", None, "New directory for the checkpoint.")
+    return FlagGroup("Result", ("output_dir",))
+
+
 def define_input_flags(*, limit: int | None = None, several: bool = False) -> FlagGroup:
     """The model and the examples.
 
@@ -117,12 +133,7 @@ def define_input_flags(*, limit: int | None = None, several: bool = False) -> Fl
         limit: the default of --limit, None for all.
         several: whether --data_path takes several files.
     """
-    flags.DEFINE_string(
-        "model_path",
-        None,
-        "A Hugging Face directory (safetensors), a hub id, or a .gguf file. Not given: the embedded "
-        "SmolLM2-135M-Instruct.",
-    )
+    define_model_flags()
     flags.DEFINE_string(
         "data_path",
         None,

@@ -22,22 +22,28 @@ from jaxgrad.tokens import TokenizedExample
 
 def session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
     """Where a session's numbers come from: versions, commit, device, command, files."""
-    packages = ("jaxgrad", "jax", "jaxlib", "flax", "transformers", "numpy")
     device = jax.devices()[0]
-    return {
-        "command": sys.argv,
+    return provenance() | {
         "model": checkpoint.name,
         "model_files": checkpoint.files,
         "data_path": str(data.path),
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
-        "commit": commit(),
         "device": {
             "backend": jax.default_backend(),
             "kind": device.device_kind,
             "count": jax.device_count(),
             "machine": platform.machine(),
         },
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """What wrote a result: command, versions, commit."""
+    packages = ("jaxgrad", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
+    return {
+        "command": sys.argv,
+        "versions": {name: importlib.metadata.version(name) for name in packages}
+        | {"python": platform.python_version()},
+        "commit": commit(),
     }
 
 

@@ -6,13 +6,15 @@ of the file and one block.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
@@ -66,6 +68,10 @@ class CanonicalSource:
         """Every tensor's name and shape, in the order in which reading is cheapest."""
         shapes = self._source.shapes()
         return {canonical: shapes[name] for canonical, name in self._names.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` gives."""
+        return self._source.dtype(self._names[name])
 
     def why_unreadable(self, name: str) -> str | None:
         """What keeps the tensor's values from being weights; None where nothing does."""
@@ -142,44 +148,128 @@ def check_weights(config: DecoderConfig, family: Family, source: WeightSource) -
         )
 
 
+def stored_dtypes(
+    config: DecoderConfig, family: Family, source: WeightSource
+) -> dict[str, np.dtype]:
+    """Each parameter's dtype in the files; where its layers differ, the one that holds them all."""
+    source = CanonicalSource(source, family)
+    dtypes: dict[str, np.dtype] = {}
+    for name, weight in wanted_weights(config, family).items():
+        dtype = source.dtype(name)
+        for parameter in weight.parameters:
+            dtypes[parameter] = np.promote_types(dtypes.get(parameter, dtype), dtype)
+    return dtypes
+
+
+class Part(NamedTuple):
+    """A parameter's values for one layer (None: the whole parameter), outputs first."""
+
+    parameter: str
+    layer: int | None
+    values: np.ndarray
+
+
+def read_parts(
+    config: DecoderConfig, family: Family, source: WeightSource, *, progress: bool, label: str
+) -> Iterator[tuple[str, np.ndarray, list[Part]]]:
+    """Every weight in the order of the files: its name, its values, and the parts in it.
+
+    A tied head, where the files hold it as a copy, is compared with the embedding and not given.
+
+    Raises:
+        UserError: a weight cannot be read; a tied head is not the embedding.
+    """
+    source = CanonicalSource(source, family)
+    wanted = wanted_weights(config, family)
+    names = [name for name in source.shapes() if name in wanted]
+    total = sum(math.prod(wanted[name].shape) * source.dtype(name).itemsize for name in names)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name in names:
+            weight, values = wanted[name], source.read(name)
+            if name == family.keys["embedding"].name and config.tied_embeddings:
+                _check_tied_head(family, source, values)
+            split = weight.key.split(values, weight.sizes, config.num_heads)
+            pairs = zip(weight.parameters, split, strict=True)
+            yield name, values, [Part(parameter, weight.layer, part) for parameter, part in pairs]
+            bar.update(values.nbytes)
+
+
 def fill_decoder(
-    config: DecoderConfig, family: Family, source: WeightSource, dtype: Any
+    config: DecoderConfig,
+    family: Family,
+    source: WeightSource,
+    dtype: Any,
+    *,
+    progress: bool = False,
 ) -> tuple[nnx.GraphDef, nnx.State, str]:
     """Read every weight of the decoder from `source`, tensor by tensor, each once.
 
+    Args:
+        config: the decoder.
+        family: whose names the source's weights have.
+        source: where they are.
+        dtype: of the parameters; None for that of the files (`stored_dtypes`).
+        progress: show a bar on stderr.
+
     Returns:
-        graphdef, state (arrays of `dtype`), fingerprint of the weights as they stand in the files.
-        The copy of a tied embedding that a file may hold as its head is compared, and not counted.
+        graphdef, state, fingerprint of the weights as they stand in the files. The copy of a tied
+        embedding that a file may hold as its head is compared, and not counted.
 
     Raises:
         UserError: weights that are unknown, missing, of another shape or of an integer type, all in
             one message; a head that is not the embedding which the config ties it to.
     """
     check_weights(config, family, source)
-    source = CanonicalSource(source, family)
-    wanted = wanted_weights(config, family)
-    graphdef, abstract = abstract_decoder(config, dtype)
+    stored = stored_dtypes(config, family, source) if dtype is None else {}
+    graphdef, abstract = abstract_decoder(config, dtype or np.float32)
     flat = nnx.to_flat_state(abstract)
     names = [".".join(map(str, path)) for path, _ in flat]
     arrays = {
-        name: jnp.zeros(leaf.get_value().shape, dtype)
+        name: jnp.zeros(leaf.get_value().shape, stored.get(name, dtype))
         for name, (_, leaf) in zip(names, flat, strict=True)
     }
     fingerprint = Fingerprint()
-    for name in source.shapes():
-        if name not in wanted:
-            continue
-        weight, values = wanted[name], source.read(name)
+    for name, values, parts in read_parts(
+        config, family, source, progress=progress, label="weights"
+    ):
         fingerprint.add(name, values)
-        if name == family.keys["embedding"].name and config.tied_embeddings:
-            _check_tied_head(family, source, values)
-        parts = weight.key.split(values, weight.sizes, config.num_heads)
-        for parameter, part in zip(weight.parameters, parts, strict=True):
-            arrays[parameter] = _write(arrays[parameter], part, weight.layer)
+        for part in parts:
+            arrays[part.parameter] = _write(arrays[part.parameter], part)
     filled = [
         (path, leaf.replace(arrays[name])) for name, (path, leaf) in zip(names, flat, strict=True)
     ]
     return graphdef, nnx.from_flat_state(filled), fingerprint.hexdigest()
+
+
+def compare_with_source(
+    config: DecoderConfig,
+    family: Family,
+    source: WeightSource,
+    state: nnx.State,
+    *,
+    where: str,
+    progress: bool = False,
+) -> None:
+    """Raise a `UserError` unless every parameter holds, bit by bit, what the source holds.
+
+    Args:
+        config: the decoder.
+        family: whose names the source's weights have.
+        source: read once more.
+        state: parameters in the dtypes of `stored_dtypes`.
+        where: their place, for the message.
+        progress: show a bar on stderr.
+    """
+    arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    for name, _, parts in read_parts(config, family, source, progress=progress, label="compared"):
+        for part in parts:
+            array = arrays[part.parameter]
+            written = np.asarray(array if part.layer is None else array[part.layer])
+            if written.tobytes() != part.values.astype(array.dtype).tobytes():
+                raise UserError(
+                    f"{where}: {name} did not come back as it was written; the disk or the memory "
+                    "is at fault: try again elsewhere"
+                )
 
 
 def _check_tied_head(family: Family, source: WeightSource, embedding_VD: np.ndarray) -> None:
@@ -195,12 +285,13 @@ def _check_tied_head(family: Family, source: WeightSource, embedding_VD: np.ndar
 _update = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
-def _write(parameter: jax.Array, values: np.ndarray, layer: int | None) -> jax.Array:
-    """The parameter with `values` as it, or as its layer; both have the same trailing axes."""
+def _write(parameter: jax.Array, part: Part) -> jax.Array:
+    """The parameter with a part in its place, in blocks of rows."""
+    values, layer = part.values, part.layer
     rows = max(1, BLOCK_BYTES // max(1, values[0].size * parameter.dtype.itemsize))
     for begin in range(0, len(values), rows):
         block = values[begin : begin + rows].astype(parameter.dtype)
-        start = (begin, *[0] * (values.ndim - 1))
+        start: tuple[int, ...] = (begin, *[0] * (values.ndim - 1))
         if layer is not None:
             block, start = block[None], (layer, *start)
         # Waiting keeps the queue, and with it the memory, at one block.

@@ -148,6 +148,10 @@ class GgufFile:
         """Every tensor's Hugging Face name and shape."""
         return self._shapes
 
+    def dtype(self, name: str) -> np.dtype:
+        """float32: what dequantizing gives."""
+        return np.dtype(np.float32)
+
     def why_unreadable(self, name: str) -> str | None:
         """The quantizations that gguf cannot undo; a weight's first row tells."""
         tensor = self._tensors[name]

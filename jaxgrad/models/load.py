@@ -1,6 +1,8 @@
 """A model from wherever it lies: read its config, open its weights, load them onto the device."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,6 +15,7 @@ from jaxgrad.models.families import Family, read_config
 from jaxgrad.models.fill import check_weights, fill_decoder
 from jaxgrad.models.gguf_source import GgufFile
 from jaxgrad.models.places import resolve_model
+from jaxgrad.models.saved import SavedDecoder
 from jaxgrad.models.sources import SafetensorsDirectory, WeightSource, read_model_config
 from jaxgrad.models.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
 
@@ -47,26 +50,43 @@ class Checkpoint:
 
     Attributes:
         name: what the user asked for, or the embedded default's name.
+        path: the directory or the GGUF file.
+        raw_config: its config.json, or what a GGUF file or a converted checkpoint has in its place.
         files: file name -> (bytes, modification time in ns), to notice that a model was replaced.
     """
 
     name: str
+    path: Path
+    raw_config: dict[str, Any]
     config: DecoderConfig
     family: Family
-    source: WeightSource
+    source: WeightSource | SavedDecoder
     tokenizer: PreTrainedTokenizerFast
     files: dict[str, tuple[int, int]]
 
-    def load(self, dtype: str = "float32") -> LoadedModel:
-        """Read the weights onto the device; see `load_model` for `dtype` and errors."""
-        if dtype not in DTYPES:
+    def load(self, dtype: str | None = "float32", *, progress: bool = False) -> LoadedModel:
+        """Read the weights onto the device.
+
+        Args:
+            dtype: as `load_model` takes it; None for that of the files, parameter by parameter.
+            progress: show a bar on stderr.
+
+        Raises:
+            UserError: see `load_model`.
+        """
+        if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-        with jax.enable_x64(dtype == "float64"):
-            graphdef, state, fingerprint = fill_decoder(
-                self.config, self.family, self.source, DTYPES[dtype]
-            )
+        kind = None if dtype is None else DTYPES[dtype]
+        with jax.enable_x64(dtype in (None, "float64")):
+            if isinstance(self.source, SavedDecoder):
+                graphdef, state = self.source.restore(self.config, kind)
+                fingerprint = self.source.fingerprint
+            else:
+                graphdef, state, fingerprint = fill_decoder(
+                    self.config, self.family, self.source, kind, progress=progress
+                )
         return LoadedModel(
-            self.name, self.config, graphdef, state, self.tokenizer, fingerprint, dtype
+            self.name, self.config, graphdef, state, self.tokenizer, fingerprint, dtype or "stored"
         )
 
 
@@ -74,30 +94,38 @@ def open_checkpoint(model_path: str | None = None) -> Checkpoint:
     """Find a model and read its config, its tokenizer and the names and shapes of its weights.
 
     Args:
-        model_path: a Hugging Face directory (safetensors), a .gguf file, a hub id, or None for the
-            embedded default.
+        model_path: a Hugging Face directory (safetensors), a directory of `bin/convert`, a .gguf
+            file, a hub id, or None for the embedded default.
 
     Raises:
         UserError: whatever is wrong with the model, in one line.
     """
     place = resolve_model(model_path)
-    source: GgufFile | SafetensorsDirectory
+    path, files = place.path, [place.path]
+    source: GgufFile | SafetensorsDirectory | SavedDecoder
     # What is cheap to find wrong comes first: the config, the weights' names, then the tokenizer.
-    if place.path.is_file():
-        source, paths = GgufFile(place.path), [place.path]
-        family, config = read_config(source.hf_config(), source.where)
-    else:
-        family, config = read_config(read_model_config(place.path), f"{place.path}/config.json")
-        source = SafetensorsDirectory(place.path)
-        paths = sorted(path for path in place.path.iterdir() if path.is_file())
-    check_weights(config, family, source)
-    if isinstance(source, GgufFile):
+    if path.is_file():
+        source = GgufFile(path)
+        raw = source.hf_config()
+        family, config = read_config(raw, source.where)
+        check_weights(config, family, source)
         tokenizer = tokenizer_from_gguf(source)
+    elif SavedDecoder.is_one(path):
+        source = SavedDecoder(path)
+        raw = source.description["config"]
+        family, config = source.read_config()
+        tokenizer = tokenizer_from_directory(source.tokenizer_directory)
     else:
-        tokenizer = tokenizer_from_directory(place.path)
-    stats = {path.name: path.stat() for path in paths}
-    files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    return Checkpoint(place.name, config, family, source, tokenizer, files)
+        raw = read_model_config(path)
+        family, config = read_config(raw, f"{path}/config.json")
+        source = SafetensorsDirectory(path)
+        check_weights(config, family, source)
+        tokenizer = tokenizer_from_directory(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    stats = {file.name: file.stat() for file in files}
+    sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    return Checkpoint(place.name, path, raw, config, family, source, tokenizer, sizes)
 
 
 def load_model(model_path: str | None = None, *, dtype: str = "float32") -> LoadedModel:

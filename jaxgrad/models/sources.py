@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +28,9 @@ class WeightSource(Protocol):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's name and shape, in the order in which reading is cheapest."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` gives, for a tensor that is not unreadable."""
 
     def why_unreadable(self, name: str) -> str | None:
         """What keeps the tensor's values from being weights; None where nothing does."""
@@ -179,6 +183,10 @@ class SafetensorsDirectory:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's name and shape, in the order of the files."""
         return self._shapes
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of the file."""
+        return np.dtype(FLOATS[self._dtypes[name]])
 
     def why_unreadable(self, name: str) -> str | None:
         """Integers are no weights, and float8 ones need scales that no family here reads."""

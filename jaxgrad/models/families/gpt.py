@@ -100,7 +100,7 @@ GPT2_IRRELEVANT = (
 def _gpt_neox_keys() -> dict[str, Key]:
     layer = "gpt_neox.layers.{layer}"
     names = {"embedding": "gpt_neox.embed_in.weight", "lm_head.weight": "embed_out.weight"}
-    keys = {}
+    keys: dict[str, Key] = {}
     for part in ("weight", "bias"):
         names |= {
             f"final_norm.{part}": f"gpt_neox.final_layer_norm.{part}",

@@ -1,0 +1,161 @@
+"""A decoder that `bin/convert` wrote: Orbax arrays, config, tokenizer, and what they came from.
+
+D/jaxgrad_checkpoint.json   written last: format, config, provenance, the parameters' shapes
+D/weights/                  one Orbax array a parameter, in the dtype of the source
+D/tokenizer/                the source's tokenizer files
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+
+from jaxgrad.errors import UserError
+from jaxgrad.models.config import DecoderConfig
+from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.models.families import Family, read_config
+from jaxgrad.models.fill import parameter_shapes
+from jaxgrad.models.sources import read_json_object
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS, TOKENIZER = "jaxgrad_checkpoint.json", "weights", "tokenizer"
+# Pieces of an array on disk: what one device of a pod reads of a sharded parameter, and, in
+# gigabytes, how much is under way at once.
+CHUNK_BYTES = 64 * 2**20
+CONCURRENT_GB = 1
+
+
+class SavedDecoder:
+    """A directory of `bin/convert`, opened.
+
+    Raises:
+        UserError: it is incomplete, of another format, or its parts do not fit together.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.where, self._directory = str(directory), directory
+        self._description = read_json_object(directory / DESCRIPTION)
+        if self._description.get("format") != FORMAT:
+            raise UserError(
+                f"{directory / DESCRIPTION} is of format {self._description.get('format')!r}, this "
+                f"jaxgrad reads {FORMAT}; convert the model again"
+            )
+        for name, kind in (("config", dict), ("source", dict), ("parameters", dict)):
+            if not isinstance(self._description.get(name), kind):
+                raise self._damaged(f"{DESCRIPTION} has no {name}")
+        for folder in (WEIGHTS, TOKENIZER):
+            if not (directory / folder).is_dir():
+                raise self._damaged(f"{folder}/ is missing")
+
+    @staticmethod
+    def is_one(directory: Path) -> bool:
+        """Whether a directory claims to be one."""
+        return (directory / DESCRIPTION).is_file()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The content of jaxgrad_checkpoint.json."""
+        return self._description
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer's files are."""
+        return self._directory / TOKENIZER
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the source's weights, so that a run may change from one to the other."""
+        return str(self._description["source"].get("weights_sha256"))
+
+    def read_config(self) -> tuple[Family, DecoderConfig]:
+        """Family and config; checks that the arrays are those which the config asks for."""
+        family, config = read_config(self._description["config"], f"{self.where}/{DESCRIPTION}")
+        saved = {
+            name: tuple(entry["shape"]) for name, entry in self._description["parameters"].items()
+        }
+        if saved != parameter_shapes(config):
+            raise self._damaged("its parameters are not those of its config")
+        return family, config
+
+    def restore(self, config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
+        """The decoder, its arrays read by Orbax straight onto the device.
+
+        Args:
+            config: from `read_config`.
+            dtype: of the arrays; None for the one they are stored in.
+
+        Raises:
+            UserError: Orbax cannot read them.
+        """
+        graphdef, abstract = abstract_decoder(config, dtype or np.float32)
+        flat = nnx.to_flat_state(abstract)
+        names = [".".join(map(str, path)) for path, _ in flat]
+        arrays = self._restore_arrays(dtype)
+        filled = [
+            (path, leaf.replace(arrays[name]))
+            for name, (path, leaf) in zip(names, flat, strict=True)
+        ]
+        return graphdef, nnx.from_flat_state(filled)
+
+    def _restore_arrays(self, dtype: Any) -> dict[str, jax.Array]:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {
+            name: ocp.ArrayRestoreArgs(
+                sharding=sharding,
+                global_shape=tuple(entry["shape"]),
+                dtype=np.dtype(dtype or entry["dtype"]),
+            )
+            for name, entry in self._description["parameters"].items()
+        }
+        try:
+            with _checkpointer() as checkpointer:
+                return checkpointer.restore(
+                    self._directory.resolve() / WEIGHTS,
+                    args=ocp.args.PyTreeRestore(restore_args=wanted),
+                )
+        except Exception as error:  # Orbax and TensorStore have no error of their own in common
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise self._damaged(f"Orbax cannot restore its weights: {lines[0][:300]}") from error
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.where} is incomplete or damaged ({what}); convert the model again")
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    """Orbax without its own reports of an error, which are tracebacks; it raises as well."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB
+    )
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            yield checkpointer
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]]:
+    """Write a decoder's arrays below `directory`; returns the description's `parameters`."""
+    arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    options = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
+    with _checkpointer() as checkpointer:
+        checkpointer.save(directory.resolve() / WEIGHTS, args=ocp.args.PyTreeSave(arrays, options))
+    return {
+        name: {"shape": list(array.shape), "dtype": array.dtype.name}
+        for name, array in arrays.items()
+    }
+
+
+def write_description(directory: Path, description: Mapping[str, Any]) -> None:
+    """Write the file that makes a directory a checkpoint; last of all."""
+    text = json.dumps({"format": FORMAT, **description}, indent=1, ensure_ascii=False)
+    (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
