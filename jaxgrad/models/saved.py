@@ -7,6 +7,7 @@ D/tokenizer/                the source's tokenizer files
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,7 @@ from jaxgrad.models.sources import read_json_object
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "jaxgrad_checkpoint.json", "weights", "tokenizer"
-# Pieces of an array on disk: what one device of a pod reads of a sharded parameter, and, in
-# gigabytes, how much is under way at once.
-CHUNK_BYTES = 64 * 2**20
-CONCURRENT_GB = 1
+CHUNK_BYTES = 64 * 2**20  # of an array on disk: a device of a pod reads its own pieces only
 
 
 class SavedDecoder:
@@ -115,7 +113,8 @@ class SavedDecoder:
             for name, entry in self._description["parameters"].items()
         }
         try:
-            with _checkpointer() as checkpointer:
+            largest = max(math.prod(w.global_shape) * w.dtype.itemsize for w in wanted.values())
+            with _checkpointer(largest) as checkpointer:
                 return checkpointer.restore(
                     self._directory.resolve() / WEIGHTS,
                     args=ocp.args.PyTreeRestore(restore_args=wanted),
@@ -129,12 +128,18 @@ class SavedDecoder:
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    """Orbax without its own reports of an error, which are tracebacks; it raises as well."""
+def _checkpointer(largest_bytes: int) -> Iterator[ocp.Checkpointer]:
+    """Orbax with no more under way than its largest array, which is the least that it can do.
+
+    Its own reports of an error are tracebacks; they are left out, because it raises as well.
+    """
+    gigabytes = math.ceil(largest_bytes / 1e9)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=CONCURRENT_GB, restore_concurrent_gb=CONCURRENT_GB
+        save_concurrent_gb=gigabytes,
+        save_device_host_concurrent_gb=gigabytes,
+        restore_concurrent_gb=gigabytes,
     )
     try:
         with ocp.Checkpointer(handler) as checkpointer:
@@ -147,8 +152,10 @@ def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]
     """Write a decoder's arrays below `directory`; returns the description's `parameters`."""
     arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     options = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
-    with _checkpointer() as checkpointer:
-        checkpointer.save(directory.resolve() / WEIGHTS, args=ocp.args.PyTreeSave(arrays, options))
+    with _checkpointer(max(array.nbytes for array in arrays.values())) as checkpointer:
+        # TensorStore holds a data file in memory until it has its size.
+        save = ocp.args.PyTreeSave(arrays, options, ocdbt_target_data_file_size=CHUNK_BYTES)
+        checkpointer.save(directory.resolve() / WEIGHTS, args=save)
     return {
         name: {"shape": list(array.shape), "dtype": array.dtype.name}
         for name, array in arrays.items()

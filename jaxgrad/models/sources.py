@@ -17,7 +17,7 @@ SINGLE_NAME = "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # After so many bytes a file is opened anew. The pages of a mapped file count as this process's
 # memory for as long as the mapping stands.
-REOPEN_BYTES = 256 * 2**20
+REOPEN_BYTES = 64 * 2**20
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
