@@ -80,11 +80,9 @@ SPACE = "\u2581"  # SentencePiece's letter for a space
 _MISTRAL_SPACE_IDS = (28705, 29473)
 
 # The tokenizer's entries that are read, and those that say nothing with this value.
-_READ = frozenset(
-    """
+_READ = """
     model pre tokens token_type scores merges add_bos_token add_eos_token add_space_prefix
-    """.split()
-)
+"""
 _NEUTRAL = {
     "add_sep_token": False,
     "remove_extra_whitespaces": False,
@@ -139,7 +137,7 @@ def _refuse_unknown_entries(file: GgufFile) -> None:
     prefix = "tokenizer.ggml."
     unknown = []
     for name in file.metadata_names(prefix):
-        if name in _READ or re.fullmatch(r"\w+_token_ids?", name):
+        if name in _READ.split() or re.fullmatch(r"\w+_token_ids?", name):
             continue
         value = file.metadata(prefix + name)
         if name not in _NEUTRAL or value != _NEUTRAL[name]:
