@@ -58,7 +58,7 @@ class Case:
 
     def config(self) -> Any:
         kind = CONFIGS[self.architecture]
-        sizes = {"hidden_size": 52, "intermediate_size": 71, "head_dim": 14}
+        sizes = {"hidden_size": 56, "intermediate_size": 71, "head_dim": 18}
         if self.blocks:
             sizes = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 24}
         options = dict(self.options)

@@ -4,6 +4,7 @@ import gguf
 import gguf_files
 import numpy as np
 import pytest
+import torch
 from checkpoint_files import K_PROJ, gguf_bytes, write_gguf, write_model
 from gguf_files import CASES, Q8_0, Case
 from test_model_loading import assert_same_parameters, load, refusal, shape_of
@@ -46,6 +47,20 @@ def test_the_weights_are_the_original_s(file_and_model):
         assert read.dtype == np.float32
         np.testing.assert_array_equal(read, values, name)
         assert file.why_unreadable(name) is None
+
+
+def test_transformers_computes_the_same_from_the_config_and_the_weights(file_and_model):
+    """Nothing that changes an output is left out of the config, longer than any window."""
+    file, model = file_and_model
+    raw = file.hf_config()
+    assert raw.pop("model_type") == model.config.model_type
+    rebuilt = type(model)(type(model.config)(**raw, attn_implementation="eager")).eval()
+    weights = {name: torch.from_numpy(file.read(name)) for name in file.shapes()}
+    missing, unexpected = rebuilt.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    token_ids = torch.arange(90)[None] * 7 % 263
+    with torch.no_grad():
+        np.testing.assert_array_equal(rebuilt(token_ids).logits, model(token_ids).logits)
 
 
 @pytest.mark.parametrize("architecture", GGUF_FAMILIES)

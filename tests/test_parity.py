@@ -25,7 +25,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.examples import Example, Message
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings
-from jaxgrad.models import load_model, open_checkpoint
+from jaxgrad.models import load_model
 from jaxgrad.pipeline import AnalyzeOptions
 from jaxgrad.program import Programs
 from jaxgrad.reference.compare import STATISTICS, check_tokens

@@ -93,6 +93,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "pooling_type": (0,),
     "tensor_data_layout": ("Meta AI original pth",),
+    "use_parallel_residual": (...,),  # in the first Qwen files; it is read for GPT-NeoX only
     # Provenance of a scaling; the kinds of scaling that compute with the length are refused.
     "rope.scaling.finetuned": (...,),
     "rope.scaling.original_context_length": (...,),

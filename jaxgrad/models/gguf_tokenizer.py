@@ -30,7 +30,7 @@ UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 
 # Splitting rules by the name that llama.cpp gives them. Each must be the original tokenizer's own:
 # a near one gives other tokens on runs of spaces and digits.
-_LETTERS_AND_BEYOND = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SIGNS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
@@ -55,18 +55,18 @@ class ByteLevelKind:
 
 
 _LLAMA3 = ByteLevelKind(
-    _WORDS + r"|\p{N}{1,3}" + _LETTERS_AND_BEYOND, ignore_merges=True, adds_bos=True
+    _WORDS + r"|\p{N}{1,3}" + _SIGNS_AND_SPACES, ignore_merges=True, adds_bos=True
 )
 BYTE_LEVEL_KINDS = {
     "smollm": ByteLevelKind(None, splits_digits=True),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "qwen2": ByteLevelKind(_WORDS + r"|\p{N}" + _LETTERS_AND_BEYOND, nfc=True),
+    "qwen2": ByteLevelKind(_WORDS + r"|\p{N}" + _SIGNS_AND_SPACES, nfc=True),
     "gpt-2": ByteLevelKind(None),
     "tekken": ByteLevelKind(
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-        + _LETTERS_AND_BEYOND.replace(r"[\r\n]*", r"[\r\n/]*", 1),
+        + _SIGNS_AND_SPACES.replace(r"[\r\n]*", r"[\r\n/]*", 1),
         ignore_merges=True,
         adds_bos=True,
     ),
@@ -80,9 +80,8 @@ SPACE = "\u2581"  # SentencePiece's letter for a space
 _MISTRAL_SPACE_IDS = (28705, 29473)
 
 # The tokenizer's entries that are read, and those that say nothing with this value.
-_READ = """
-    model pre tokens token_type scores merges add_bos_token add_eos_token add_space_prefix
-"""
+_LISTS = ("tokens", "token_type", "scores", "merges")
+_READ = frozenset((*_LISTS, "model", "pre", "add_bos_token", "add_eos_token", "add_space_prefix"))
 _NEUTRAL = {
     "add_sep_token": False,
     "remove_extra_whitespaces": False,
@@ -137,7 +136,7 @@ def _refuse_unknown_entries(file: GgufFile) -> None:
     prefix = "tokenizer.ggml."
     unknown = []
     for name in file.metadata_names(prefix):
-        if name in _READ.split() or re.fullmatch(r"\w+_token_ids?", name):
+        if name in _READ or re.fullmatch(r"\w+_token_ids?", name):
             continue
         value = file.metadata(prefix + name)
         if name not in _NEUTRAL or value != _NEUTRAL[name]:
