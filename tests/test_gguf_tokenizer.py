@@ -154,9 +154,11 @@ def test_a_gguf_tokenizer_that_cannot_be_rebuilt_is_refused(tmp_path, metadata, 
         ({"scores": [0.0]}, "1 scores for"),
         ({"unknown_token_id": 10**6}, "incomplete or damaged"),
         ({"merges": ["t"]}, "incomplete or damaged"),
+        ({"merges": ["\n t"]}, "incomplete or damaged"),
     ],
 )
 def test_a_sentencepiece_that_cannot_be_rebuilt_is_refused(tmp_path, changes, told):
     _, entries = build("llama", tmp_path / "original")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=told) as caught:
         rebuild(entries, tmp_path / "t.gguf", **changes)
+    assert "\n" not in str(caught.value)

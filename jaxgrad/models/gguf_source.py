@@ -101,7 +101,7 @@ class GgufFile:
     def _refuse_other_kinds(self) -> None:
         architecture, kind = self.architecture, self.metadata("general.type")
         parts = self.metadata("split.count")
-        if architecture not in GGUF_FAMILIES:
+        if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
             what = f" ({MIXTURE})" if str(architecture).endswith("moe") else ""
             raise UserError(
                 f"{self.where}: GGUF architecture {architecture!r} is not supported{what}; "

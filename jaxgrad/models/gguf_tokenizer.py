@@ -2,7 +2,8 @@
 
 A GGUF file names the kind of its tokenizer and holds the vocabulary; what transformers adds to that
 (how text is split, normalized and prefixed) is rebuilt by the kind. What the file does not say at all:
-whether an added token strips the spaces beside it (here: none does).
+whether an added token strips the spaces beside it, and whether it is looked for before the text is
+normalized or after (here: none strips, all are looked for before, as the models' own are).
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.models.gguf_source import GgufFile
 
 # Token types of the GGUF format.
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
 # Splitting rules by the name that llama.cpp gives them. Each must be the original tokenizer's own:
 # a near one gives other tokens on runs of spaces and digits.
@@ -126,9 +127,10 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
     except UserError:
         raise
     except Exception as error:  # lists of another length, ids without a token, broken merges, ...
+        told = " ".join(str(error).split())
         raise UserError(
             f"{file.where}: the tokenizer in its metadata is incomplete or damaged "
-            f"({type(error).__name__}: {error}); download the file again"
+            f"({type(error).__name__}: {told}); download the file again"
         ) from error
 
 
@@ -246,7 +248,7 @@ def _merges(
     runs of spaces and lines come first of all, but the converter overwrites their scores, as it does
     those of all tokens that users add; its vocabulary stands in the order of its merges.
     """
-    mergeable = (1, USER_DEFINED, UNUSED) if is_gemma else (1, UNUSED)
+    mergeable = (NORMAL, UNUSED, *((USER_DEFINED,) if is_gemma else ()))
     ids = {token: i for token, i in vocabulary.ids.items() if vocabulary.types[i] in mergeable}
     if len(scores) != len(vocabulary.tokens):
         raise ValueError(f"{len(scores)} scores for {len(vocabulary.tokens)} tokens")
