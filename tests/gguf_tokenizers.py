@@ -40,6 +40,7 @@ TEXTS = [
     "🚂 and 👩‍👩‍👧 and 🇩🇪",
     "<s>a<|mark|>user\nb</s> <defined>  <s >", "<bos>a<start_of_turn>user\nb<end_of_turn>\n<table>",
     "a</s> b</s>c</s>  d", "<unk><pad>", "<0x0A> [PAD300] [PAD7]", f"a{SPACE}b {SPACE}{SPACE} c",
+    ";\n/" * 20, "zebra zebra",
     "camelCase HTTPServer iPhone ÉCOLE", "it's IT'S 'll", "a" * 50,
     "", " ", "  ", "\n\n",
     *(" " * n + "x" + "\n" * n for n in (3, 4, 5, 6, 7, 8, 9, 13, 17)),
@@ -117,7 +118,12 @@ def byte_level(pre: str, directory: Path) -> tuple[PreTrainedTokenizerFast, Entr
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator([CORPUS, " ".join(TEXTS)], trainer)
+    seen = [text for text in TEXTS if "zebra" not in text]
+    backend.train_from_iterator([CORPUS, " ".join(seen)], trainer)
+    # A word that no merges make: it is only found where merges are ignored.
+    state = json.loads(backend.to_str())
+    state["model"]["vocab"]["zebra"] = len(state["model"]["vocab"])
+    backend = Tokenizer.from_str(json.dumps(state))
     special = ["<s>", "</s>", "<|mark|>"]
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in special])
     backend.add_tokens([AddedToken("<defined>", normalized=False)])

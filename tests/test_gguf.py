@@ -214,6 +214,11 @@ def test_divisors_and_a_linear_scaling_contradict_each_other():
         ("gemma3", {"rope__scaling__factor": -1.0}, "rope.scaling.factor is -1.0"),
         ("llama", {"rope__scaling__type": "none", "rope__scaling__factor": 2.0}, "factor is 2.0"),
         ("llama", {"rope__freq_base": float("nan")}, "rope.freq_base is nan, not a positive"),
+        (
+            "llama",
+            {"attention__key_length": 0, "attention__value_length": 0},
+            "value_length is 0, no",
+        ),
         ("llama", {"attention__head_count_kv": [1, 2]}, "head_count_kv is [1, 2], not a positive"),
     ],
 )
