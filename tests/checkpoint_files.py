@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf_files
 import numpy as np
 import tiny_models
 from safetensors.numpy import load_file, save_file
@@ -95,7 +96,7 @@ def gguf_bytes(tiny: tiny_models.Tiny = UNTIED) -> bytes:
     model = tiny_models.build_model(tiny, len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.gguf"
-        return tiny_models.write_gguf(path, model, tokenizer, "smollm").read_bytes()
+        return gguf_files.write_gguf(path, model, tokenizer).read_bytes()
 
 
 def write_gguf(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
+import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.examples import Example, Message
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings
-from jaxgrad.models import load_model, open_checkpoint
+from jaxgrad.models import load_model
 from jaxgrad.pipeline import AnalyzeOptions
 from jaxgrad.program import Programs
 from jaxgrad.reference.compare import STATISTICS, check_tokens
@@ -224,70 +224,16 @@ def test_padding_and_place_in_the_batch_change_nothing(case, dtype, tolerance):
 # GGUF
 
 
-TEXTS = [
-    "The train leaves at noon; isn't that LATE? We'll see, THEY'RE slow.",
-    "def wait(a, b):\n\treturn b - a  # in hours\r\n\n\nif __name__ == '__main__': wait(1, 2)",
-    "7 42 1234 1234567 3.14159 2,345",
-    "one  two   three    four\t\tfive \n  \n six ",
-    "Äpfel, naïve cafés, Ελληνικά, 中文字符, العربية, a\u0301",
-    "🚂 and 👩‍👩‍👧 and 🇩🇪",
-    f"{tiny_models.BOS}a{tiny_models.MARK}user\nb{tiny_models.EOS} {tiny_models.DEFINED} <s >",
-    "",
-    " ",
-]
-# Q8_0 stores blocks of 32: the columns of each matrix are multiples of it.
-GGUF_SIZES = {"width": 64, "mlp_width": 128, "head_size": 24, "num_layers": 2}
-
-
-@pytest.fixture(scope="module", params=["smollm", "llama-bpe"])
-def gguf_and_original(request, tmp_path_factory):
-    """A GGUF file in float32 and the Hugging Face directory that it was made from."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = tiny_models.build_tokenizer(request.param)
-    tiny = Tiny(4, 2, tied=request.param == "smollm", **GGUF_SIZES)
-    model = tiny_models.build_model(tiny, len(tokenizer))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    path = tiny_models.write_gguf(folder / "tiny.gguf", model, tokenizer, request.param)
-    return open_checkpoint(str(path)), open_checkpoint(str(folder))
-
-
-def test_gguf_has_the_config_and_the_weights_of_its_original(gguf_and_original):
-    ours, original = gguf_and_original
-    assert ours.config == original.config
-    assert ours.source.shapes() == original.source.shapes()
-    for name in original.source.shapes():
-        np.testing.assert_array_equal(ours.source.read(name), original.source.read(name), name)
-
-
-def test_gguf_has_the_tokenizer_of_its_original(gguf_and_original):
-    ours, original = (checkpoint.tokenizer for checkpoint in gguf_and_original)
-    assert ours.get_vocab() == original.get_vocab()
-    assert ours.chat_template == original.chat_template
-    assert (ours.bos_token, ours.eos_token) == (original.bos_token, original.eos_token)
-    for text in TEXTS:
-        assert ours.encode(text) == original.encode(text), text
-        assert ours.decode(ours.encode(text)) == original.decode(original.encode(text)), text
-
-
 def test_quantized_gguf(tmp_path):
+    """transformers' own reader of a file in Q8_0 is the witness for the whole of it."""
     tokenizer = tiny_models.build_tokenizer()
-    model = tiny_models.build_model(Tiny(4, 2, tied=False, **GGUF_SIZES), len(tokenizer))
-    quantization = gguf.GGMLQuantizationType.Q8_0
-    path = tiny_models.write_gguf(tmp_path / "q8.gguf", model, tokenizer, "smollm", quantization)
-    source = open_checkpoint(str(path)).source
-    for name, weight in model.state_dict().items():
-        original, read = weight.numpy(), source.read(name)
-        if original.ndim == 1:
-            np.testing.assert_array_equal(read, original, name)
-            continue
-        # A block's largest magnitude is 127 steps; the step itself is rounded to float16.
-        blocks = original.reshape(-1, 32)
-        largest = np.abs(blocks).max(axis=1, keepdims=True)
-        error = np.abs(read.reshape(-1, 32) - blocks)
-        assert (error <= largest * (0.5 / 127 + 2.0**-11)).all(), name
-    # transformers' own reader of the same file is the independent witness for the whole.
-    token_ids = tokenizer.encode(TEXTS[0])
+    # Q8_0 stores blocks of 32: the columns of each matrix are multiples of it.
+    tiny = Tiny(4, 2, tied=False, width=64, mlp_width=128, head_size=24, num_layers=2)
+    model = tiny_models.build_model(tiny, len(tokenizer))
+    path = gguf_files.write_gguf(
+        tmp_path / "q8.gguf", model, tokenizer, quantization=gguf_files.Q8_0
+    )
+    token_ids = tokenizer.encode("The train leaves at noon; isn't that LATE? 🚂 1234567")
     expected = torch_logits(reference.load_torch_model(str(path)), token_ids)
     logits = our_logits(load_model(str(path)), np.asarray(token_ids, np.int32))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

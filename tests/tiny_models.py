@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face Llama models, and GGUF files made from them, all offline.
+"""Tiny random Hugging Face Llama models, all offline.
 
 No two axes of a model are equal, so that a swapped axis cannot pass.
 """
@@ -6,8 +6,6 @@ No two axes of a model are equal, so that a swapped axis cannot pass.
 import dataclasses
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
@@ -156,82 +154,3 @@ def save_tiny(tiny: Tiny, directory: Path, seed: int = 0) -> Path:
     num_files = len(list(directory.glob("*.safetensors")))
     assert (num_files > 1) == tiny.sharded
     return directory
-
-
-def write_gguf(
-    path: Path,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    pre: str,
-    quantization: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-) -> Path:
-    """What llama.cpp's converter makes of a Llama model: its names, its permutation, its metadata.
-
-    Matrices are stored in `quantization`, vectors in float32.
-    """
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    _add_tokenizer(writer, tokenizer, pre)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = tensor.numpy()
-        for projection, num_heads in heads.items():
-            if f"{projection}.weight" in name:
-                values = interleave_pairs(values, num_heads)
-        if values.ndim == 2 and quantization != gguf.GGMLQuantizationType.F32:
-            values = gguf.quants.quantize(values, quantization)
-            writer.add_tensor(_gguf_name(name), values, raw_dtype=quantization)
-        else:
-            writer.add_tensor(_gguf_name(name), np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def interleave_pairs(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """`LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py."""
-    return (
-        weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def _gguf_name(name: str) -> str:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 99)
-    return names.get_name(name, try_suffixes=(".weight",))
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, pre: str) -> None:
-    import json
-
-    vocab = tokenizer.get_vocab()
-    names = sorted(vocab, key=vocab.get)
-    kinds = {BOS: gguf.TokenType.CONTROL, EOS: gguf.TokenType.CONTROL}
-    kinds |= {MARK: gguf.TokenType.CONTROL, DEFINED: gguf.TokenType.USER_DEFINED}
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(names)
-    writer.add_token_types([kinds.get(name, gguf.TokenType.NORMAL) for name in names])
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(vocab[BOS])
-    writer.add_eos_token_id(vocab[EOS])
-    writer.add_chat_template(tokenizer.chat_template)

@@ -1,8 +1,8 @@
 """A checkpoint's weights into the decoder: all checked before any is read, each read once.
 
 The parameters are made on the device, empty; each tensor is read, cut into the parameters that it
-holds, and written into its layer's place in blocks. Beside the parameters the host holds one tensor
-of the file and one block.
+holds, and written into its layer's place. Beside the parameters the host holds one tensor of a layer,
+or one block of a larger one.
 """
 
 import dataclasses
@@ -20,9 +20,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.models.families import Family, Key, expand_layers
-from jaxgrad.models.sources import Fingerprint, WeightSource
-
-BLOCK_BYTES = 32 * 2**20
+from jaxgrad.models.sources import Fingerprint, WeightSource, row_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +78,10 @@ class CanonicalSource:
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in the dtype of the file."""
         return self._source.read(self._names[name])
+
+    def read_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The same values, a large tensor's rows in blocks."""
+        return self._source.read_blocks(self._names[name])
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -162,22 +164,23 @@ def stored_dtypes(
 
 
 class Part(NamedTuple):
-    """A parameter's values for one layer (None: the whole parameter), outputs first."""
+    """Values of a parameter: a layer's, or (None) those of one outside the layers; from `row` on."""
 
     parameter: str
     layer: int | None
+    row: int
     values: np.ndarray
 
 
 def read_parts(
     config: DecoderConfig, family: Family, source: WeightSource, *, progress: bool, label: str
 ) -> Iterator[tuple[str, np.ndarray, list[Part]]]:
-    """Every weight in the order of the files: its name, its values, and the parts in it.
+    """Every weight in the order of the files, in blocks: its name, the values, the parts in them.
 
-    A tied head, where the files hold it as a copy, is compared with the embedding and not given.
+    A weight that holds several parameters, or lies transposed, is one block.
 
     Raises:
-        UserError: a weight cannot be read; a tied head is not the embedding.
+        UserError: a weight cannot be read.
     """
     source = CanonicalSource(source, family)
     wanted = wanted_weights(config, family)
@@ -185,12 +188,21 @@ def read_parts(
     total = sum(math.prod(wanted[name].shape) * source.dtype(name).itemsize for name in names)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
         for name in names:
-            weight, values = wanted[name], source.read(name)
-            if name == family.keys["embedding"].name and config.tied_embeddings:
-                _check_tied_head(family, source, values)
+            weight, row = wanted[name], 0
+            if weight.key.is_plain:
+                for block in source.read_blocks(name):
+                    yield name, block, [Part(weight.parameters[0], weight.layer, row, block)]
+                    row += len(block)
+                    bar.update(block.nbytes)
+                continue
+            values = source.read(name)
             split = weight.key.split(values, weight.sizes, config.num_heads)
             pairs = zip(weight.parameters, split, strict=True)
-            yield name, values, [Part(parameter, weight.layer, part) for parameter, part in pairs]
+            yield (
+                name,
+                values,
+                [Part(parameter, weight.layer, 0, part) for parameter, part in pairs],
+            )
             bar.update(values.nbytes)
 
 
@@ -229,12 +241,15 @@ def fill_decoder(
         for name, (_, leaf) in zip(names, flat, strict=True)
     }
     fingerprint = Fingerprint()
+    shapes = {name: weight.shape for name, weight in wanted_weights(config, family).items()}
     for name, values, parts in read_parts(
         config, family, source, progress=progress, label="weights"
     ):
-        fingerprint.add(name, values)
+        fingerprint.add(name, shapes[name], values)
         for part in parts:
             arrays[part.parameter] = _write(arrays[part.parameter], part)
+    if config.tied_embeddings:
+        _check_tied_head(family, CanonicalSource(source, family), arrays["embedding"])
     filled = [
         (path, leaf.replace(arrays[name])) for name, (path, leaf) in zip(names, flat, strict=True)
     ]
@@ -264,7 +279,8 @@ def compare_with_source(
     for name, _, parts in read_parts(config, family, source, progress=progress, label="compared"):
         for part in parts:
             array = arrays[part.parameter]
-            written = np.asarray(array if part.layer is None else array[part.layer])
+            layer = array if part.layer is None else array[part.layer]
+            written = np.asarray(layer[part.row : part.row + len(part.values)])
             if written.tobytes() != part.values.astype(array.dtype).tobytes():
                 raise UserError(
                     f"{where}: {name} did not come back as it was written; the disk or the memory "
@@ -272,13 +288,18 @@ def compare_with_source(
                 )
 
 
-def _check_tied_head(family: Family, source: WeightSource, embedding_VD: np.ndarray) -> None:
+def _check_tied_head(family: Family, source: WeightSource, embedding_VD: jax.Array) -> None:
+    """Raise where the files hold a head that is not the embedding to which the config ties it."""
     head, embedding = family.keys["lm_head.weight"].name, family.keys["embedding"].name
-    if head in source.shapes() and not np.array_equal(source.read(head), embedding_VD):
-        raise UserError(
-            f"{source.where}: {head} differs from {embedding}, to which the config ties it "
-            "(tie_word_embeddings); correct the config, or remove the weight that is not meant"
-        )
+    row = 0
+    for block in source.read_blocks(head) if head in source.shapes() else ():
+        rows = np.asarray(embedding_VD[row : row + len(block)])
+        row += len(block)
+        if not np.array_equal(block.astype(rows.dtype), rows):
+            raise UserError(
+                f"{source.where}: {head} differs from {embedding}, to which the config ties it "
+                "(tie_word_embeddings); correct the config, or remove the weight that is not meant"
+            )
 
 
 # Donated: the parameter is changed in its place, not copied.
@@ -286,14 +307,12 @@ _update = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 def _write(parameter: jax.Array, part: Part) -> jax.Array:
-    """The parameter with a part in its place, in blocks of rows."""
-    values, layer = part.values, part.layer
-    rows = max(1, BLOCK_BYTES // max(1, values[0].size * parameter.dtype.itemsize))
-    for begin in range(0, len(values), rows):
-        block = values[begin : begin + rows].astype(parameter.dtype)
-        start: tuple[int, ...] = (begin, *[0] * (values.ndim - 1))
-        if layer is not None:
-            block, start = block[None], (layer, *start)
+    """The parameter with a part in its place, in blocks."""
+    layer = () if part.layer is None else (part.layer,)
+    for begin, end in row_blocks(part.values.shape, parameter.dtype.itemsize):
+        block = part.values[begin:end].astype(parameter.dtype)
+        block = block.reshape(*[1] * len(layer), *block.shape)
+        start = (*layer, part.row + begin, *[0] * (part.values.ndim - 1))
         # Waiting keeps the queue, and with it the memory, at one block.
         parameter = _update(parameter, block, np.asarray(start, np.int32)).block_until_ready()
     return parameter

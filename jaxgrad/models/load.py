@@ -14,10 +14,11 @@ from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.families import Family, read_config
 from jaxgrad.models.fill import check_weights, fill_decoder
 from jaxgrad.models.gguf_source import GgufFile
+from jaxgrad.models.gguf_tokenizer import tokenizer_from_gguf
 from jaxgrad.models.places import resolve_model
 from jaxgrad.models.saved import SavedDecoder
 from jaxgrad.models.sources import SafetensorsDirectory, WeightSource, read_model_config
-from jaxgrad.models.tokenizer import tokenizer_from_directory, tokenizer_from_gguf
+from jaxgrad.models.tokenizer import tokenizer_from_directory
 
 
 @dataclasses.dataclass(frozen=True)

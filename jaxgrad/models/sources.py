@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,9 @@ from jaxgrad.errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# After so many bytes a file is opened anew. The pages of a mapped file count as this process's
-# memory for as long as the mapping stands.
+# What is read at once of a large tensor, and after how many bytes a file is opened anew: the pages of
+# a mapped file count as this process's memory for as long as the mapping stands.
+BLOCK_BYTES = 32 * 2**20
 REOPEN_BYTES = 64 * 2**20
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -38,22 +40,32 @@ class WeightSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """The tensor's values, in the dtype of the file (dequantized where it is quantized)."""
 
+    def read_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The same values, a large tensor's rows in blocks, so that it is never whole."""
+
 
 class Fingerprint:
     """sha256 over the tensors' names, shapes and values, taken while they are read."""
 
     def __init__(self) -> None:
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, Any] = {}
 
-    def add(self, name: str, values: np.ndarray) -> None:
-        """Take in one tensor; the order of the calls does not matter."""
-        digest = hashlib.sha256(f"{name} {values.dtype} {values.shape} ".encode())
-        digest.update(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
-        self._digests[name] = digest.hexdigest()
+    def add(self, name: str, shape: tuple[int, ...], block: np.ndarray) -> None:
+        """Take in a tensor, whole or block by block; the order of the tensors does not matter.
+
+        Args:
+            name: the tensor's.
+            shape: of all of it.
+            block: its next values, in C order.
+        """
+        if name not in self._digests:
+            self._digests[name] = hashlib.sha256(f"{name} {block.dtype} {shape} ".encode())
+        self._digests[name].update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
 
     def hexdigest(self) -> str:
         """64 hex digits for all tensors taken in."""
-        lines = "\n".join(f"{name} {self._digests[name]}" for name in sorted(self._digests))
+        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -195,13 +207,32 @@ class SafetensorsDirectory:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor's values in the dtype of the file."""
+        return self._take(name, None)
+
+    def read_blocks(self, name: str) -> Iterator[np.ndarray]:
+        """The same values, a large tensor's rows in blocks."""
+        bounds = row_blocks(self._shapes[name], self.dtype(name).itemsize)
+        if len(bounds) == 1:
+            yield self.read(name)
+        else:
+            yield from (self._take(name, slice(*bound)) for bound in bounds)
+
+    def _take(self, name: str, rows: slice | None) -> np.ndarray:
         path = self._file_of[name]
         if self._open_file is None or self._open_file[0] != path or self._bytes_read > REOPEN_BYTES:
             self._open_file = None  # closes the other one first
             self._open_file, self._bytes_read = (path, self._open(path)), 0
         try:
-            values = self._open_file[1].get_tensor(name)
+            file = self._open_file[1]
+            values = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
         self._bytes_read += values.nbytes
         return values
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:
+    """First and last row (exclusive) of each block of at most `BLOCK_BYTES`, or one for a scalar."""
+    num_rows = shape[0] if shape else 1
+    rows = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+    return [(begin, min(begin + rows, num_rows)) for begin in range(0, num_rows, rows)] or [(0, 0)]

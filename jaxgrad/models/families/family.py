@@ -26,6 +26,11 @@ class Key:
     by_head: bool = False
     transposed: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is the parameter, as it stands."""
+        return not self.members and not self.transposed
+
     def split(self, values: np.ndarray, sizes: Sequence[int], num_heads: int) -> list[np.ndarray]:
         """The members of a weight (or of a bias), each with its outputs first.
 
