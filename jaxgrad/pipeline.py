@@ -115,8 +115,10 @@ class Session:
     kept, so that the second data file starts at once.
     """
 
-    def __init__(self, model_path: str | None, options: AnalyzeOptions) -> None:
-        self._model_path, self.options = model_path, options
+    def __init__(
+        self, model_path: str | None, options: AnalyzeOptions, *, progress: bool = False
+    ) -> None:
+        self._model_path, self.options, self._progress = model_path, options, progress
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
@@ -131,7 +133,7 @@ class Session:
     @functools.cached_property
     def model(self) -> LoadedModel:
         """The model with its weights."""
-        return self.checkpoint.load(self.options.dtype)
+        return self.checkpoint.load(self.options.dtype, progress=self._progress)
 
     @functools.cached_property
     def programs(self) -> Programs:
@@ -189,7 +191,7 @@ def run_analysis(
         RunDirectory.check_compatible(directory, asked)
         RunDirectory.probe(directory)
         jobs.append((data, directory, asked))
-    session = Session(model_path, options)
+    session = Session(model_path, options, progress=progress)
     summaries = []
     for data, directory, asked in jobs:
         summaries.append(_run_one(session, data, directory, asked, say, progress))

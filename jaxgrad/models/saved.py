@@ -45,12 +45,20 @@ class SavedDecoder:
                 f"{directory / DESCRIPTION} is of format {self._description.get('format')!r}, this "
                 f"jaxgrad reads {FORMAT}; convert the model again"
             )
-        for name, kind in (("config", dict), ("source", dict), ("parameters", dict)):
-            if not isinstance(self._description.get(name), kind):
+        for name in ("config", "source", "parameters", "weight_files"):
+            if not isinstance(self._description.get(name), dict):
                 raise self._damaged(f"{DESCRIPTION} has no {name}")
         for folder in (WEIGHTS, TOKENIZER):
             if not (directory / folder).is_dir():
                 raise self._damaged(f"{folder}/ is missing")
+        # Found here and not by Orbax, which begins to read before it finds anything.
+        found, wanted = file_sizes(directory / WEIGHTS), self._description["weight_files"]
+        for name, size in wanted.items():
+            if found.get(name) != size:
+                there = (
+                    "is missing" if name not in found else f"has {found[name]} bytes, not {size}"
+                )
+                raise self._damaged(f"{WEIGHTS}/{name} {there}")
 
     @staticmethod
     def is_one(directory: Path) -> bool:
@@ -146,6 +154,12 @@ def _checkpointer(largest_bytes: int) -> Iterator[ocp.Checkpointer]:
             yield checkpointer
     finally:
         logging.set_verbosity(verbosity)
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of each file below a directory, by its path there."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,9 @@
 r"""The authors' procedure in PyTorch: one example at a time, each weight's gradient, its full SVD.
 
 Written from the paper's protocol and not from our own stages, so that an error of ours has no twin
-here: the model is transformers' own (a GGUF file goes through transformers' own reader, too), the
-prompt is masked by labels, and autograd gives the gradients by the weights themselves.
+here: the model is transformers' own (a GGUF file goes through transformers' own reader, too, where
+that takes in all that the file says: plain Llama), the prompt is masked by labels, and autograd gives
+the gradients by the weights themselves.
 
 One thing is better than the authors had it: the cross entropy is taken in float64. PyTorch's
 float32 kernel on the CPU sums exp(logit) over the vocabulary with a bias, which at 49152 tokens
@@ -24,7 +25,9 @@ import numpy as np
 from jaxgrad import tokens
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Example
+from jaxgrad.models.gguf_source import GgufFile
 from jaxgrad.models.places import resolve_model
+from jaxgrad.models.saved import SavedDecoder
 from jaxgrad.pipeline import AnalyzeOptions
 from jaxgrad.results import ExampleResult
 
@@ -70,12 +73,22 @@ def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(model_path).path
+    if SavedDecoder.is_one(path):
+        raise UserError(
+            f"--model_path {path} is a converted checkpoint, which PyTorch cannot read; give what it "
+            "was converted from"
+        )
     # `trust_remote_code` is never given, so no code from the model's directory runs.
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "attn_implementation": "eager",
         "local_files_only": True,
     }
+    if path.is_file() and not _transformers_reads(GgufFile(path)):
+        model = _build_from_gguf(GgufFile(path))
+        if dtype == "float64":
+            _to_double(model)
+        return model
     if path.is_file():
         if importlib.util.find_spec("accelerate") is None:
             raise UserError(f"transformers reads a GGUF file only with accelerate: {INSTALL}")
@@ -86,6 +99,37 @@ def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
     if dtype == "float64":
         _to_double(model)
     return model
+
+
+def _transformers_reads(file: GgufFile) -> bool:
+    """Whether transformers' own reader of GGUF files takes in all that the file says.
+
+    Of Llama files it does not read scaled ropes and biases; of the other architectures' it leaves out
+    soft caps and query scales, or cannot load them at all.
+    """
+    attributes = file.hf_config().keys()
+    return file.architecture == "llama" and not attributes & {
+        "rope_scaling",
+        "attention_bias",
+        "mlp_bias",
+    }
+
+
+def _build_from_gguf(file: GgufFile) -> Any:
+    """transformers' model with the config and the weights that our own reader finds."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    raw = file.hf_config()
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    weights = {name: torch.tensor(file.read(name)) for name in file.shapes()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or set(missing) > {"lm_head.weight"}:
+        raise UserError(f"{file.where}: its weights do not fit transformers' {raw['model_type']}")
+    model.tie_weights()
+    return model.eval()
 
 
 @contextlib.contextmanager
