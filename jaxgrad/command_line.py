@@ -185,7 +185,13 @@ def define_protocol_flags() -> FlagGroup:
         "Whether the chat template is applied. auto: where the tokenizer has one.",
     )
     flags.DEFINE_integer("max_length", 1024, "Tokens after which an example is cut.")
-    return FlagGroup("Examples to tokens", ("protocol", "chat", "max_length"))
+    flags.DEFINE_string(
+        "date",
+        None,
+        "YYYY-MM-DD: the day that chat templates print which ask for one (Llama 3.2, SmolLM3). "
+        "Not given: today, or the day of the run that is continued.",
+    )
+    return FlagGroup("Examples to tokens", ("protocol", "chat", "max_length", "date"))
 
 
 def define_method_flags() -> FlagGroup:

@@ -5,6 +5,7 @@ interrupted run, and is what `bin/analyze` calls.
 """
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,14 @@ from jaxgrad.run_info import (
     session_info,
     summary_lines,
 )
-from jaxgrad.tokens import Protocol, TokenizedExample, tokenize_all, tokens_digest, uses_chat
+from jaxgrad.tokens import (
+    Protocol,
+    TokenizedExample,
+    read_date,
+    tokenize_all,
+    tokens_digest,
+    uses_chat,
+)
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
 # less; fewer would show results sooner.
@@ -51,6 +59,8 @@ class AnalyzeOptions:
         chat: whether the chat template is used; "auto" means where the tokenizer has one.
         parameters: "attention", "mlp", "all", or a regular expression on the weights' names.
         batch_tokens: padded tokens of a batch; None for the backend's default.
+        date: YYYY-MM-DD, the day that chat templates print which ask for one; None for today, or for
+            the day of the run that is continued.
     """
 
     protocol: Literal["paper", "clean"] = "paper"
@@ -63,6 +73,17 @@ class AnalyzeOptions:
     batch_tokens: int | None = None
     dtype: str = "float32"
     precision: str = "highest"
+    date: str | None = None
+
+    def protocol_for(self, tokenizer: Any) -> Protocol:
+        """How this tokenizer's examples become tokens.
+
+        Raises:
+            UserError: an option that does not fit; see `Protocol` and `uses_chat`.
+        """
+        chat = uses_chat(tokenizer, self.chat)
+        date = None if self.date is None else read_date(self.date)
+        return Protocol(self.protocol, chat, self.max_length, date)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +205,7 @@ def run_analysis(
         raise UserError(
             "--data_path: two files have the same name, and each run's directory is named after its file"
         )
+    options = dataclasses.replace(options, date=_date_of(list(places.values()), options))
     jobs = []
     for path, directory in places.items():
         data = read_examples(path, start=start, limit=limit, fields=fields)
@@ -303,8 +325,7 @@ def _tokenize(
             f"--max_length {options.max_length} exceeds the model's {config.max_positions} "
             f"positions; give --max_length={config.max_positions} or less"
         )
-    protocol = Protocol(options.protocol, uses_chat(tokenizer, options.chat), options.max_length)
-    tokenized = tokenize_all(examples, tokenizer, protocol)
+    tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
     for item in tokenized:
         # JAX would clamp such an id to the last row of the embedding, in silence.
         if item.num_tokens and item.token_ids.max() >= config.vocab_size:
@@ -331,6 +352,18 @@ def _windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> 
         )
         windows.append(_Window(part, batches))
     return windows
+
+
+def _date_of(directories: Sequence[Path], options: AnalyzeOptions) -> str:
+    """The day that chat templates print: as asked, as in the run that is continued, or today."""
+    if options.date is not None:
+        return read_date(options.date).isoformat()
+    for directory in directories:
+        run = load_run(directory)
+        recorded = run["identity"].get("options", {}).get("date") if run else None
+        if recorded:
+            return recorded
+    return datetime.date.today().isoformat()
 
 
 def _asked_identity(

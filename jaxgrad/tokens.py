@@ -17,6 +17,7 @@ Offsets of a tokenizer that trims spaces from them (RoBERTa's `trim_offsets`) ca
 white space straddles the boundary; `clean` then counts that token as prompt.
 """  # noqa: E501 (a table row cannot be wrapped)
 
+import datetime
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +40,18 @@ NO_RESPONSE_TOKEN = "no response token of its own"
 ProtocolName = Literal["paper", "clean"]
 
 
+def read_date(text: str) -> datetime.date:
+    """A day as YYYY-MM-DD.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"--date={text} is not a day; give it as YYYY-MM-DD") from error
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How a text becomes tokens.
@@ -48,11 +61,14 @@ class Protocol:
         chat: Whether the prompt is rendered by the tokenizer's chat template.
         max_length: Tokens kept, special ones included; at least 2, one to predict from and one
             to predict.
+        date: The day that templates print which ask for one (Llama 3.2, SmolLM3);
+            None for today, as transformers has it.
     """
 
     name: ProtocolName = "paper"
     chat: bool = False
     max_length: int = 1024
+    date: datetime.date | None = None
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ProtocolName):
@@ -149,7 +165,7 @@ def tokenize(example: Example, tokenizer: Any, protocol: Protocol) -> TokenizedE
         UserError: There is no chat template or it fails; the tokenizer truncates on the left
             (`paper`) or gives no offsets (`clean`).
     """  # noqa: E501 (a table row cannot be wrapped)
-    text = _text(example, tokenizer, protocol.chat)
+    text = _text(example, tokenizer, protocol)
     encode = _encode_paper if protocol.name == "paper" else _encode_clean
     ids, num_prompt, truncated = encode(text, example.response, tokenizer, protocol.max_length)
     num_prompt_tokens = min(max(num_prompt, 1), len(ids))
@@ -204,35 +220,48 @@ def _encode_clean(
     return ids[:max_length], num_prompt, len(ids) > max_length
 
 
-def _text(example: Example, tokenizer: Any, chat: bool) -> str:
-    if not chat:
+def _text(example: Example, tokenizer: Any, protocol: Protocol) -> str:
+    if not protocol.chat:
         return f"{example.instruction}\n{example.response}"
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use --chat=no")
     turns = [{"role": m.role, "content": m.content} for m in example.messages]
     if any(turn["role"] == "system" for turn in turns):
         # The record's own system message is content: if the template refuses it, so do we.
-        return _render(turns, example, tokenizer) + example.response
+        return _render(turns, example, tokenizer, protocol) + example.response
     try:
         system = {"role": "system", "content": SYSTEM_MESSAGE}
-        prompt = _apply_template([system, *turns], tokenizer)
+        prompt = _apply_template([system, *turns], tokenizer, protocol)
     except jinja2.TemplateError:
         # Gemma's template raises on a system role. Any other fault shows again without it.
-        prompt = _render(turns, example, tokenizer)
+        prompt = _render(turns, example, tokenizer, protocol)
     except (TypeError, ValueError, LookupError) as error:
         raise _template_error(example, error) from error
     return prompt + example.response
 
 
-def _render(turns: list[dict[str, str]], example: Example, tokenizer: Any) -> str:
+def _render(
+    turns: list[dict[str, str]], example: Example, tokenizer: Any, protocol: Protocol
+) -> str:
     try:
-        return _apply_template(turns, tokenizer)
+        return _apply_template(turns, tokenizer, protocol)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise _template_error(example, error) from error
 
 
-def _apply_template(turns: list[dict[str, str]], tokenizer: Any) -> str:
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def _apply_template(turns: list[dict[str, str]], tokenizer: Any, protocol: Protocol) -> str:
+    template = None
+    if protocol.date is not None and "strftime_now" in (whole := tokenizer.get_chat_template()):
+        template = _fixed_date(protocol.date) + whole
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, chat_template=template
+    )
+
+
+def _fixed_date(date: datetime.date) -> str:
+    """A macro in place of the function that transformers gives to templates, which says today."""
+    known = "".join(f"|replace('%{x}', '{date.strftime(f'%{x}')}')" for x in "aAbBdmyYj")
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{known} }}}}{{%- endmacro -%}}"
 
 
 def _template_error(example: Example, error: Exception) -> UserError:

@@ -29,7 +29,7 @@ from jaxgrad.reference.torch_procedure import (
     measure_in_torch,
 )
 from jaxgrad.results import ExampleResult
-from jaxgrad.tokens import Protocol, TokenizedExample, tokenize_all, uses_chat
+from jaxgrad.tokens import TokenizedExample, tokenize_all
 
 EXTREMES = ("entry_max", "entry_min")
 STATISTICS = (
@@ -141,8 +141,7 @@ def compare_with_torch(
     """
     ours_model = load_model(model_path, dtype=options.dtype)
     tokenizer = ours_model.tokenizer
-    protocol = Protocol(options.protocol, uses_chat(tokenizer, options.chat), options.max_length)
-    tokenized = tokenize_all(examples, tokenizer, protocol)
+    tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
     say(
         f"{ours_model.name}, {options.dtype}, method {options.method}: "
         f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "

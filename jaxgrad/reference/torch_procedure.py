@@ -13,8 +13,10 @@ other rounding (SmolLM2-135M, AQuA, against the model in float64). It would hide
 """
 
 import contextlib
+import datetime
 import importlib.util
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 from unittest import mock
@@ -126,7 +128,7 @@ def _build_from_gguf(file: GgufFile) -> Any:
     )
     weights = {name: torch.tensor(file.read(name)) for name in file.shapes()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) > {"lm_head.weight"}:
+    if unexpected or not set(missing) <= {"lm_head.weight"}:
         raise UserError(f"{file.where}: its weights do not fit transformers' {raw['model_type']}")
     model.tie_weights()
     return model.eval()
@@ -172,13 +174,12 @@ def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) ->
     has_template = bool(tokenizer.chat_template)
     chat = has_template if options.chat == "auto" else options.chat == "yes"
     if options.protocol == "clean":
-        protocol = tokens.Protocol("clean", chat, options.max_length)
-        ours = tokens.tokenize(example, tokenizer, protocol)
+        ours = tokens.tokenize(example, tokenizer, options.protocol_for(tokenizer))
         return Encoding(
             ours.token_ids.tolist(), ours.num_prompt_tokens, ours.truncated, ours.reason
         )
     if chat:
-        text = _chat_prompt(example, tokenizer) + example.response
+        text = _chat_prompt(example, tokenizer, options.date) + example.response
     else:
         text = "\n".join([*(m.content for m in example.messages), example.response])
     whole = tokenizer.encode(text, verbose=False)
@@ -196,10 +197,18 @@ def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) ->
     return Encoding(token_ids, num_prompt, len(whole) > len(token_ids), reason)
 
 
-def _chat_prompt(example: Example, tokenizer: Any) -> str:
+def _chat_prompt(example: Example, tokenizer: Any, date: str | None) -> str:
     turns = [{"role": m.role, "content": m.content} for m in example.messages]
     system = {"role": "system", "content": "You are a helpful assistant."}
-    options = {"tokenize": False, "add_generation_prompt": True}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    if date is not None:
+        day = datetime.datetime.fromisoformat(date)
+        # Every use in the template, as if transformers had been asked on that day.
+        options["chat_template"] = re.sub(
+            r"""strftime_now\((["'])(.+?)\1\)""",
+            lambda use: repr(day.strftime(use[2])),
+            tokenizer.get_chat_template(),
+        )
     if turns[0]["role"] != "system":
         # A template that knows no system role raises: then the user's turn stands alone.
         with contextlib.suppress(jinja2.TemplateError):
