@@ -1,7 +1,10 @@
 """GGUF files: the config, the weights and the names are those of the model that they were made from."""
 
+import dataclasses
+
 import gguf
 import gguf_files
+import jax
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,12 @@ from gguf_files import CASES, Q8_0, Case
 from test_model_loading import assert_same_parameters, load, refusal, shape_of
 
 from jaxgrad.errors import UserError
+from jaxgrad.models.families import read_config
 from jaxgrad.models.families.attributes import IRRELEVANT
+from jaxgrad.models.fill import fill_decoder
 from jaxgrad.models.gguf_families import GGUF_FAMILIES, config_from_metadata
 from jaxgrad.models.gguf_source import GgufFile
+from jaxgrad.models.sources import SafetensorsDirectory, read_model_config
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -61,6 +67,22 @@ def test_transformers_computes_the_same_from_the_config_and_the_weights(file_and
     token_ids = torch.arange(90)[None] * 7 % 263
     with torch.no_grad():
         np.testing.assert_array_equal(rebuilt(token_ids).logits, model(token_ids).logits)
+
+
+def test_the_decoder_is_that_of_the_directory(file_and_model, tmp_path):
+    """Config and parameters, by the family's reader and table, from the file and from safetensors."""
+    file, model = file_and_model
+    model.save_pretrained(tmp_path)
+    family, config = read_config(file.hf_config(), file.where)
+    same_family, same_config = read_config(read_model_config(tmp_path), str(tmp_path))
+    assert family == same_family
+    # The file holds its numbers in float32.
+    assert config.norm_epsilon == pytest.approx(same_config.norm_epsilon, rel=1e-6)
+    assert config == dataclasses.replace(same_config, norm_epsilon=config.norm_epsilon)
+    directory = SafetensorsDirectory(tmp_path)
+    states = [fill_decoder(config, family, source, np.float32)[1] for source in (file, directory)]
+    for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
 
 
 @pytest.mark.parametrize("architecture", GGUF_FAMILIES)
