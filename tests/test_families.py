@@ -6,20 +6,18 @@ this one). Two examples share a padded batch: one longer than the window and tha
 of factors, one shorter than the latter.
 """
 
-import functools
+import dataclasses
 
 import family_models
 import jax
 import numpy as np
 import pytest
-from test_parity import LONG, OPTIONS, SHORT, our_logits, torch_logits
+from test_parity import LONG, OPTIONS, SHORT, Case, our_logits, torch_logits
 
 from jaxgrad import reference
 from jaxgrad.batches import Batch, BatchShape, batch_arrays
 from jaxgrad.gradients import example_gradients, parameter_names, to_example_arrays
-from jaxgrad.models import load_model
 from jaxgrad.models.decoder import projections_of
-from jaxgrad.tokens import Protocol, tokenize_all
 
 SHAPE = BatchShape(2, 64, 48)
 # float32: what two correct programs differ by; PyTorch's effective rank counts its null values.
@@ -28,25 +26,6 @@ TOLERANCES = {
     "float64": dict.fromkeys(("logits", "loss", "norms", "effective_rank"), 1e-8),
 }
 NORMS = ("nuclear_norm", "sigma_max", "frobenius_norm")
-
-
-class Case:
-    """One model, and what was computed of it so far."""
-
-    def __init__(self, directory):
-        self.directory = str(directory)
-
-    @functools.cache  # noqa: B019 - a case lives as long as its module
-    def model(self, dtype):
-        return load_model(self.directory, dtype=dtype)
-
-    @functools.cache  # noqa: B019
-    def torch_model(self, dtype):
-        return reference.load_torch_model(self.directory, dtype=dtype)
-
-    def tokenized(self):
-        protocol = Protocol("paper", False, OPTIONS.max_length)
-        return tokenize_all([SHORT, LONG], self.model("float32").tokenizer, protocol)
 
 
 @pytest.fixture(scope="module", params=family_models.MODELS)
@@ -58,7 +37,7 @@ def case(request, tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_family_gives_pytorch_s_numbers(case, dtype):
     allowed = TOLERANCES[dtype]
-    short, long = (item.token_ids for item in case.tokenized())
+    short, long = (item.token_ids for item in case.tokenized)
     assert len(short) < family_models.SHORT_LENGTH < len(long)
     assert len(long) > 3 * family_models.WINDOW
     expected = torch_logits(case.torch_model(dtype), long.tolist())
@@ -86,7 +65,7 @@ def our_gradients(case, dtype):
     """Losses [B], and the gradients [B, L, O, I] of every projection."""
     model = case.model(dtype)
     names = projections_of(model.config)
-    arrays = batch_arrays(Batch(SHAPE, (0, 1)), case.tokenized())
+    arrays = batch_arrays(Batch(SHAPE, (0, 1)), case.tokenized)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         batch = to_example_arrays(
             arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
@@ -117,3 +96,15 @@ def describe(gradient_OI):
         "frobenius_norm": np.sqrt((gradient_OI**2).sum()),
         "effective_rank": np.exp(-np.sum(share * np.log(share))),
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_whole_program_gives_pytorch_s_numbers(case, dtype):
+    """The same by `bin/compare`'s path: our own reduction, a program for each length, extremes."""
+    options = dataclasses.replace(OPTIONS, dtype=dtype, spectrum=False)
+    comparison = reference.compare_with_torch(
+        case.directory, [SHORT, LONG], options, say=lambda _: None, progress=False
+    )
+    tolerances = reference.default_tolerances(dtype)
+    assert comparison.within(tolerances), comparison.table(tolerances)
