@@ -11,7 +11,7 @@ import family_models
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import UNTIED, files_of, write_json, write_model
+from checkpoint_files import K_PROJ, UNTIED, files_of, write_json, write_model
 from flax import nnx
 
 import jaxgrad
@@ -97,8 +97,11 @@ def test_every_dtype_comes_back_bit_by_bit(tmp_path, stored, dtype):
 
 def test_layers_of_different_dtypes_are_kept_in_one_that_holds_them_all(tmp_path):
     weights = dict(files_of().weights)
-    name = checkpoint_files.K_PROJ
-    weights[name] = weights[name].astype(np.float16)
+    for name, kind in ((K_PROJ, np.float16), (K_PROJ.replace(".1.", ".2."), ml_dtypes.bfloat16)):
+        weights[name] = weights[name].astype(kind)
+    for layer, kind in enumerate((np.float16, ml_dtypes.bfloat16, np.float16)):
+        name = K_PROJ.replace(".1.", f".{layer}.").replace("k_proj", "v_proj")
+        weights[name] = weights[name].astype(kind)
     model = write_model(tmp_path / "m", weights=weights)
     quietly(model, tmp_path / "d")
     assert_same_parameters(model, tmp_path / "d", "float32")

@@ -159,8 +159,15 @@ def stored_dtypes(
     for name, weight in wanted_weights(config, family).items():
         dtype = source.dtype(name)
         for parameter in weight.parameters:
-            dtypes[parameter] = np.promote_types(dtypes.get(parameter, dtype), dtype)
+            dtypes[parameter] = _that_holds_both(dtypes.get(parameter, dtype), dtype)
     return dtypes
+
+
+def _that_holds_both(one: np.dtype, other: np.dtype) -> np.dtype:
+    """The smallest float that holds the values of both; NumPy knows none for float16 and bfloat16."""
+    if one == other:
+        return one
+    return np.dtype(np.float64 if np.float64 in (one, other) else np.float32)
 
 
 class Part(NamedTuple):

@@ -8,6 +8,7 @@ D/tokenizer/                the source's tokenizer files
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,15 @@ class SavedDecoder:
                     args=ocp.args.PyTreeRestore(restore_args=wanted),
                 )
         except Exception as error:  # Orbax and TensorStore have no error of their own in common
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise self._damaged(f"Orbax cannot restore its weights: {lines[0][:300]}") from error
+            told = _first_line(error)
+            raise self._damaged(f"Orbax cannot restore its weights: {told}") from error
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.where} is incomplete or damaged ({what}); convert the model again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager
@@ -142,6 +147,15 @@ def _checkpointer(largest_bytes: int) -> Iterator[ocp.Checkpointer]:
     Its own reports of an error are tracebacks; they are left out, because it raises as well.
     """
     gigabytes = math.ceil(largest_bytes / 1e9)
+    report = sys.unraisablehook
+
+    def without_closed_loops(late: Any) -> None:
+        if str(late.exc_value) != "Event loop is closed":
+            report(late)
+
+    # When one array cannot be read, Orbax closes its loop while TensorStore still reads the others,
+    # each of which is then reported. They may come late, so after a failure the hook stays.
+    sys.unraisablehook = without_closed_loops
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
     handler = ocp.PyTreeCheckpointHandler(
@@ -152,6 +166,7 @@ def _checkpointer(largest_bytes: int) -> Iterator[ocp.Checkpointer]:
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             yield checkpointer
+        sys.unraisablehook = report
     finally:
         logging.set_verbosity(verbosity)
 
@@ -163,13 +178,21 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 
 def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]]:
-    """Write a decoder's arrays below `directory`; returns the description's `parameters`."""
+    """Write a decoder's arrays below `directory`; returns the description's `parameters`.
+
+    Raises:
+        UserError: Orbax cannot write them.
+    """
     arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     options = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     with _checkpointer(max(array.nbytes for array in arrays.values())) as checkpointer:
         # TensorStore holds a data file in memory until it has its size.
         save = ocp.args.PyTreeSave(arrays, options, ocdbt_target_data_file_size=CHUNK_BYTES)
-        checkpointer.save(directory.resolve() / WEIGHTS, args=save)
+        try:
+            checkpointer.save(directory.resolve() / WEIGHTS, args=save)
+        except Exception as error:  # as in `_restore_arrays`
+            told = _first_line(error)
+            raise UserError(f"{directory} cannot be written: {told}; is the disk full?") from error
     return {
         name: {"shape": list(array.shape), "dtype": array.dtype.name}
         for name, array in arrays.items()
