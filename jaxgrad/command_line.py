@@ -200,7 +200,8 @@ def define_method_flags() -> FlagGroup:
         "parameters",
         "attention",
         "attention (q, k, v, o), mlp (gate, up, down), all (both, and an untied lm_head), or a regular "
-        "expression searched in the weights' names, such as 'layers.[0-3].self_attn.q_proj'.",
+        "expression searched in the weights' names, such as 'layers.[0-3].self_attn.q_proj' (in Llama's "
+        "words, whatever the family).",
     )
     flags.DEFINE_enum(
         "method",

@@ -167,6 +167,25 @@ def test_gemma3_s_text_decoder_is_found_under_each_prefix(tmp_path):
     )
 
 
+def test_phi_4_mini_s_code_is_neither_needed_nor_run(tmp_path):
+    """Its config names Microsoft's own files, which transformers has as `phi3`."""
+    _, weights = files_of("phi3")
+    code = {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        "AutoTokenizer": "Xenova/gpt-4o",
+    }
+    plain, named = (
+        write(tmp_path / "a", "phi3", weights),
+        write(tmp_path / "b", "phi3", weights, auto_map=code),
+    )
+    trap = tmp_path / "trap"
+    for name in ("configuration_phi3", "modeling_phi3"):
+        (tmp_path / "b" / f"{name}.py").write_text(f"open({str(trap)!r}, 'w')")
+    assert_same_model(plain, named)
+    assert open_checkpoint(named).tokenizer.encode("train") and not trap.exists()
+
+
 # Fused weights
 
 PARTS = ("a", "b", "c")

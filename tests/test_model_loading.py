@@ -17,6 +17,7 @@ from checkpoint_files import (
     HEAD,
     K_PROJ,
     TIED,
+    UNTIED,
     files_of,
     weights_with,
     write_gguf,
@@ -29,7 +30,7 @@ from safetensors.numpy import save_file
 
 import jaxgrad
 from jaxgrad.errors import UserError
-from jaxgrad.models import LoadedModel, open_checkpoint
+from jaxgrad.models import LoadedModel, open_checkpoint, sources
 from jaxgrad.models.gguf_source import GgufFile
 from jaxgrad.models.places import resolve_model
 from jaxgrad.models.sources import Fingerprint, SafetensorsDirectory
@@ -471,6 +472,34 @@ def test_opening_reads_no_weight_and_loading_reads_each_once(tmp_path, monkeypat
     assert reads == Counter(files_of().weights.keys())
 
 
+@pytest.mark.parametrize("kind", ["directory", "tied directory", "gguf"])
+def test_blocks_of_a_few_rows_give_what_whole_tensors_give(tmp_path, monkeypatch, kind):
+    """Also where a file is opened anew in the middle of a tensor."""
+    if kind == "gguf":
+        path = write_gguf(tmp_path / "m.gguf")
+    else:
+        tiny = TIED if kind.startswith("tied") else UNTIED
+        weights = dict(files_of(tiny).weights)
+        weights[HEAD] = weights.get(HEAD, weights[EMBEDDING])  # a copy, where it is tied
+        path = write_model(tmp_path / "m", tiny=tiny, weights=weights, num_shards=2)
+    whole = load(path)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(sources, "REOPEN_BYTES", 5000)
+    in_blocks = load(path)
+    assert_same_parameters(whole, in_blocks)
+    assert whole.fingerprint == in_blocks.fingerprint
+
+
+def test_a_tied_head_that_differs_in_its_last_block_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)
+    weights = files_of(TIED).weights
+    other = weights[EMBEDDING].copy()
+    other[-1, -1] += 1e-3
+    model = write_model(tmp_path / "m", tiny=TIED, weights=weights | {HEAD: other})
+    with pytest.raises(UserError, match=f"{HEAD} differs from {EMBEDDING}"):
+        load(model)
+
+
 def test_old_buffers_that_follow_from_the_config_are_accepted(tmp_path):
     buffers = {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32) for i in range(3)
@@ -582,8 +611,9 @@ def test_a_hub_id_cached_in_part_is_told(offline_hub):
 def test_only_text_and_safetensors_are_fetched_from_the_hub(monkeypatch):
     asked = {}
 
-    def snapshot_download(hub_id, *, allow_patterns):
+    def snapshot_download(hub_id, *, allow_patterns, ignore_patterns):
         asked[hub_id] = allow_patterns
+        assert "consolidated*" in ignore_patterns  # Mistral's second copy of its weights
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

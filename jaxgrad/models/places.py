@@ -61,9 +61,12 @@ def _embedded_default() -> ModelPlace:
 def _from_hub(hub_id: str) -> ModelPlace:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"]
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"]
+    # The same weights once more, as their makers keep them.
+    doubled = ["consolidated*", "original/*", "onnx/*"]
     try:
-        return ModelPlace(hub_id, Path(snapshot_download(hub_id, allow_patterns=patterns)))
+        found = snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=doubled)
+        return ModelPlace(hub_id, Path(found))
     except Exception as error:  # network, authorisation, offline mode, unknown id: all the user's
         lines = str(error).strip().splitlines() or [repr(error)]
         raise UserError(
