@@ -218,7 +218,13 @@ def define_measure_flags() -> FlagGroup:
     group = define_method_flags()
     flags.DEFINE_bool("spectrum", False, "Keep every singular value.")
     flags.DEFINE_bool("extremes", False, "Also find the largest and smallest entry.")
-    return FlagGroup(group.title, (*group.names, "spectrum", "extremes"))
+    flags.DEFINE_bool(
+        "similarity",
+        False,
+        "Also take the cosines between gradients: of each projection over layers, and of q and o, k and v "
+        "in a layer.",
+    )
+    return FlagGroup(group.title, (*group.names, "spectrum", "extremes", "similarity"))
 
 
 def define_compute_flags() -> FlagGroup:

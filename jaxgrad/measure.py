@@ -17,8 +17,10 @@ from jaxgrad.models.decoder import PROJECTIONS
 from jaxgrad.spectra import (
     Statistics,
     choose_algorithm,
+    matrix_similarities,
     matrix_statistics,
     shared_input_statistics,
+    similarities,
 )
 
 Method = Literal["auto", "factored", "dense"]
@@ -33,6 +35,7 @@ class MeasureSettings:
             projection), "factored" (always by factors), "dense" (the weights' own gradients and SVDs).
         spectrum: keep the singular values.
         extremes: find the largest and smallest entry.
+        similarity: take the cosines between the gradients of layers, and of partners in a layer.
         precision: of matrix products in the model: "highest", "high" or "default".
     """
 
@@ -40,6 +43,7 @@ class MeasureSettings:
     method: Method = "auto"
     spectrum: bool = False
     extremes: bool = False
+    similarity: bool = False
     precision: str = "highest"
 
 
@@ -64,12 +68,39 @@ def measure_example(
         statistics = {}
         for group in _groups(selection):
             statistics |= _reduce_group(factors, group, settings)
+    if settings.similarity:
+        statistics = _with_similarities(statistics, factors, matrices, selection)
     if not settings.spectrum:
         statistics = {
             name: values._replace(singular_values=values.singular_values[..., :0])
             for name, values in statistics.items()
         }
     return loss, statistics
+
+
+def _with_similarities(
+    statistics: dict[str, Statistics],
+    factors: dict[str, Factors],
+    matrices: dict[str, jax.Array],
+    selection: Selection,
+) -> dict[str, Statistics]:
+    layers = dict(selection.layers)
+    if matrices:  # method dense
+        found = matrix_similarities(
+            {name: _take(matrix, layers[name]) for name, matrix in matrices.items()}, layers
+        )
+    else:
+        chosen = {
+            name: (_take(pair.input_LTI, layers[name]), _take(pair.output_grad_LTO, layers[name]))
+            for name, pair in factors.items()
+        }
+        found = similarities(chosen, layers)
+    return {
+        name: values._replace(
+            partner_cosine=found[name].partner_L, layer_cosines=found[name].layers_LL
+        )
+        for name, values in statistics.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "settings"))

@@ -70,6 +70,7 @@ class AnalyzeOptions:
     method: Method = "auto"
     spectrum: bool = False
     extremes: bool = False
+    similarity: bool = False
     batch_tokens: int | None = None
     dtype: str = "float32"
     precision: str = "highest"
@@ -313,6 +314,7 @@ def _settings(config: Any, options: AnalyzeOptions) -> MeasureSettings:
         method=options.method,
         spectrum=options.spectrum,
         extremes=options.extremes,
+        similarity=options.similarity,
         precision=options.precision,
     )
 

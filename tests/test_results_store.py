@@ -102,7 +102,8 @@ def test_schemas_are_the_public_interface():
         "frobenius_norm": "double", "entry_mean": "double", "entry_max": "double",
         "entry_min": "double", "effective_rank": "double", "stable_rank": "double",
         "condition_number": "double", "rank_bound": "int32",
-        "singular_values": "list<element: double>",
+        "singular_values": "list<element: double>", "partner_cosine": "double",
+        "layer_cosines": "list<element: double>",
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from jaxgrad.results.schema import ExampleResult
 from jaxgrad.spectra import Statistics
 from jaxgrad.tokens import TokenizedExample
 
-SCALARS = tuple(name for name in Statistics._fields if name != "singular_values")
+LISTS = ("singular_values", "layer_cosines")
+SCALARS = tuple(name for name in Statistics._fields if name not in LISTS)
 
 
 def skipped_result(item: TokenizedExample) -> ExampleResult:
@@ -77,6 +78,9 @@ def example_results(
             columns["singular_values"] = [
                 values[:bound] for values, bound in zip(spectra, bounds, strict=True)
             ]
+        cosines = [statistics[p[3]].layer_cosines[b, p[4]] for p in places]
+        if cosines[0].size:
+            columns["layer_cosines"] = cosines
         rows.append(_result(item, float(loss_B[b]), "ok", None, columns))
     return rows
 

@@ -39,8 +39,12 @@ Table `matrices`: one row a matrix of an example; an example's rows stay in the 
 | condition_number | float64 | sigma_max / sigma at the numerical rank; null for a zero gradient |
 | rank_bound | int32 | min(tokens with a gradient, rows, cols): the ceiling of the rank |
 | singular_values | list<float64> | largest first, up to rank_bound of them; null unless asked for |
+| partner_cosine | float64 | cosine of q and o, of k and v in the layer; null unless asked for |
+| layer_cosines | list<float64> | cosines with the same projection in each measured layer; as above |
 
-A quantity that was not asked for, or is undefined, is null. A NaN elsewhere is a measured NaN.
+Cosines are between flattened gradients (row by row) and undefined where one of them is zero: null, and
+NaN inside a list. A quantity that was not asked for, or is undefined, is null. A NaN elsewhere is a
+measured NaN.
 """
 
 import hashlib
@@ -91,6 +95,8 @@ MATRICES_SCHEMA = pa.schema(
         ("rank_bound", pa.int32()),
         # Parquet calls a list's inner field "element": the same name here survives the round trip.
         ("singular_values", pa.list_(pa.field("element", pa.float64()))),
+        ("partner_cosine", pa.float64()),
+        ("layer_cosines", pa.list_(pa.field("element", pa.float64()))),
     ]
 )
 
@@ -98,6 +104,7 @@ MATRICES_SCHEMA = pa.schema(
 _NAN_IS_NULL = {
     *("layer", "rows", "cols", "rank_bound"),
     *("effective_rank", "stable_rank", "condition_number", "entry_max", "entry_min"),
+    "partner_cosine",
 }
 _TEXTS = ("example_id", "reason", "instruction", "response")
 _DIGEST_SIZE = hashlib.sha256().digest_size
@@ -110,7 +117,7 @@ class ExampleResult:
     Attributes:
         matrices: Columns of the matrices table by name, example_index excepted, all of one length:
             an array or a list, a missing integer or string as None (or NaN in a float array).
-            `singular_values` is a list of one-dimensional arrays or None, or a matrix. A column
+            A list column is a list of one-dimensional arrays or None, or a matrix. A column
             that is absent is null. Empty when no matrix was measured.
     """
 
@@ -167,7 +174,7 @@ def _matrices_of(result: ExampleResult) -> pa.Table:
 
 def _matrix_column(name: str, values: Any) -> pa.Array:
     kind = MATRICES_SCHEMA.field(name).type
-    if name == "singular_values":
+    if pa.types.is_list(kind):
         spectra = [None if row is None else np.asarray(row, np.float64) for row in values]
         return pa.array(spectra, kind)
     if not isinstance(values, list):

@@ -1,10 +1,12 @@
 """Spectra: factors or matrices of one gradient -> its singular-value statistics, jitted.
 
 `linalg` (factorizations that are safe where they run) -> `algorithms` (singular values of D^T X, and
-which way to take them) -> `statistics` (numbers from singular values, and the entries' statistics).
+which way to take them) -> `statistics` (numbers from singular values, and the entries' statistics);
+`similarity` (cosines between gradients, by tiles).
 """
 
 from jaxgrad.spectra.algorithms import Algorithm, choose_algorithm
+from jaxgrad.spectra.similarity import matrix_similarities, similarities
 from jaxgrad.spectra.statistics import (
     Statistics,
     matrix_statistics,
@@ -15,6 +17,8 @@ __all__ = [
     "Algorithm",
     "Statistics",
     "choose_algorithm",
+    "matrix_similarities",
     "matrix_statistics",
     "shared_input_statistics",
+    "similarities",
 ]

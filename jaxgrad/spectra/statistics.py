@@ -32,7 +32,8 @@ class Statistics(NamedTuple):
 
     float64 where the backend runs with x64, else float32; `rank_bound` int32. `entry_max` and
     `entry_min` are NaN unless asked for. `singular_values` [min(T, O, I)], descending, zero beyond
-    the rank bound.
+    the rank bound. `partner_cosine` and `layer_cosines` are filled in by whoever has all layers
+    (`similarity`); here they are NaN and empty.
     """
 
     nuclear_norm: jax.Array
@@ -47,6 +48,8 @@ class Statistics(NamedTuple):
     condition_number: jax.Array
     rank_bound: jax.Array
     singular_values: jax.Array
+    partner_cosine: jax.Array
+    layer_cosines: jax.Array
 
 
 def shared_input_statistics(
@@ -76,7 +79,7 @@ def shared_input_statistics(
         finite = input_is_finite & jnp.all(jnp.isfinite(grad_TO))
         rank_bound = _rank_bound(grad_TO, input_TI.shape[-1])
         grad_TO = jnp.where(finite, grad_TO, jnp.zeros_like(grad_TO))
-        grad_TO, exponent = _scale_to_one(grad_TO)
+        grad_TO, exponent = scale_to_one(grad_TO)
         way = algorithms[name]
         sigma_R = factored_values(prepared[way], grad_TO, way)
         mean = _entry_mean(input_TI, grad_TO)
@@ -102,7 +105,7 @@ def matrix_statistics(
     matrix_OI = matrix_OI.astype(at_least_float32(matrix_OI.dtype))
     finite = jnp.all(jnp.isfinite(matrix_OI))
     matrix_OI = jnp.where(finite, matrix_OI, jnp.zeros_like(matrix_OI))
-    matrix_OI, exponent = _scale_to_one(matrix_OI)
+    matrix_OI, exponent = scale_to_one(matrix_OI)
     entries = _wide(matrix_OI)
     largest, smallest = (entries.max(), entries.min()) if extremes else (jnp.nan, jnp.nan)
     num_out, num_in = matrix_OI.shape[-2:]
@@ -129,7 +132,7 @@ def _rank_bound(output_grad_TO: jax.Array, num_in: int) -> jax.Array:
     return jnp.minimum(live, min(output_grad_TO.shape[-1], num_in))
 
 
-def _scale_to_one(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def scale_to_one(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The array over a power of two (exact) near its largest magnitude, and the exponent (int32)."""
     _, exponent = jnp.frexp(jnp.max(jnp.abs(array)))
     # Two steps: 2^-exponent alone overflows for the smallest normal numbers.
@@ -205,4 +208,6 @@ def _describe(
         condition_number=jnp.where(nonzero, largest / last, jnp.nan),
         rank_bound=rank_bound,
         singular_values=scale(sigma_R),
+        partner_cosine=jnp.full_like(total, jnp.nan),
+        layer_cosines=jnp.zeros((0,), sigma_R.dtype),
     )

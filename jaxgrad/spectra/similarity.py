@@ -1,0 +1,145 @@
+"""Cosines between gradients of one example, from their factors, a few rows of a gradient at a time.
+
+For gradients G and H flattened as PyTorch stores them (row by row), the similarity is
+<vec G, vec H> / (|G| |H|) (arXiv 2504.10766, section 3.3): between the layers of one projection, and
+inside a layer between q and o and between k and v.
+
+| case | what comes out |
+|---|---|
+| a gradient is zero, or not finite | NaN for every cosine with it |
+| q and o of different shapes | the flat vectors still have one length: rows are paired as they fall |
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgrad.dtypes import at_least_float32
+from jaxgrad.spectra.algorithms import HIGHEST
+from jaxgrad.spectra.statistics import scale_to_one
+
+TILE_ROWS = 128  # of each gradient that are held at once
+# The partner of a projection in its own layer.
+PARTNERS = {"q": "o", "o": "q", "k": "v", "v": "k"}
+
+
+class Similarities(NamedTuple):
+    """Cosines of one projection's gradients; at least float32.
+
+    Attributes:
+        partner_L: with the partner's gradient in the same layer; NaN without a partner.
+        layers_LL: with the same projection's gradient in every layer.
+    """
+
+    partner_L: jax.Array
+    layers_LL: jax.Array
+
+
+def similarities(
+    factors: dict[str, tuple[jax.Array, jax.Array]], layers: dict[str, tuple[int, ...]]
+) -> dict[str, Similarities]:
+    """Cosines of every projection.
+
+    Args:
+        factors: projection -> inputs [L, T, I] and output gradients [L, T, O] of its layers.
+        layers: projection -> which layers the L are; partners are compared where they are the same.
+    """
+    scaled = {
+        name: (_wide_enough(input_LTI), jax.vmap(_unit_size)(grad_LTO))
+        for name, (input_LTI, grad_LTO) in factors.items()
+    }
+    grams = {name: _layer_gram(*pair) for name, pair in scaled.items()}
+    found: dict[str, Similarities] = {}
+    for name, gram_LL in grams.items():
+        norm_L = jnp.sqrt(jnp.diagonal(gram_LL))
+        cosines_LL = gram_LL / (norm_L[:, None] * norm_L[None, :])  # 0 / 0 is NaN: undefined
+        partner = PARTNERS.get(name)
+        partner_L = jnp.full_like(norm_L, jnp.nan)
+        if partner in found:
+            partner_L = found[partner].partner_L
+        elif partner in grams and layers[name] == layers[partner]:
+            inner_L = jax.lax.map(
+                lambda operands: _flat_inner(*operands), (*scaled[name], *scaled[partner])
+            )
+            partner_L = inner_L / (norm_L * jnp.sqrt(jnp.diagonal(grams[partner])))
+        found[name] = Similarities(partner_L, cosines_LL)
+    return found
+
+
+def matrix_similarities(
+    matrices: dict[str, jax.Array], layers: dict[str, tuple[int, ...]]
+) -> dict[str, Similarities]:
+    """The same from the gradients [L, O, I] themselves: the definition."""
+    flat = {
+        name: jax.vmap(lambda matrix: _unit_size(matrix).reshape(-1))(matrix_LOI)
+        for name, matrix_LOI in matrices.items()
+    }
+    found = {}
+    for name, flat_LK in flat.items():
+        norm_L = jnp.linalg.norm(flat_LK, axis=1)
+        gram_LL = jnp.matmul(flat_LK, flat_LK.T, precision=HIGHEST)
+        partner = PARTNERS.get(name)
+        partner_L = jnp.full_like(norm_L, jnp.nan)
+        if partner in flat and layers[name] == layers[partner]:
+            other_LK = flat[partner]
+            inner_L = jnp.sum(flat_LK * other_LK, axis=1)
+            partner_L = inner_L / (norm_L * jnp.linalg.norm(other_LK, axis=1))
+        found[name] = Similarities(partner_L, gram_LL / (norm_L[:, None] * norm_L[None, :]))
+    return found
+
+
+def _wide_enough(array: jax.Array) -> jax.Array:
+    return array.astype(at_least_float32(array.dtype))
+
+
+def _unit_size(array: jax.Array) -> jax.Array:
+    """Over a power of two near its largest entry: squares of gradients underflow, cosines do not care."""
+    return scale_to_one(_wide_enough(array))[0]
+
+
+def _layer_gram(input_LTI: jax.Array, grad_LTO: jax.Array) -> jax.Array:
+    """Inner products <G_l, G_m>, [L, L], adding up tiles of rows of all layers' gradients."""
+    num_layers, num_tokens, num_out = grad_LTO.shape
+    tile = min(TILE_ROWS, num_out)
+    num_tiles = -(-num_out // tile)
+    # Columns of zeros in D are rows of zeros in G.
+    padded = jnp.pad(grad_LTO, ((0, 0), (0, 0), (0, num_tiles * tile - num_out)))
+    tiles_CLTO = padded.reshape(num_layers, num_tokens, num_tiles, tile).transpose(2, 0, 1, 3)
+
+    def add(gram_LL: jax.Array, tile_LTO: jax.Array) -> tuple[jax.Array, None]:
+        rows_LOI = jnp.einsum("lto,lti->loi", tile_LTO, input_LTI, precision=HIGHEST)
+        part_LL = jnp.einsum("loi,moi->lm", rows_LOI, rows_LOI, precision=HIGHEST)
+        return gram_LL + part_LL.astype(gram_LL.dtype), None
+
+    wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+    return jax.lax.scan(add, jnp.zeros((num_layers, num_layers), wide), tiles_CLTO)[0]
+
+
+def _flat_inner(
+    input_TI: jax.Array, grad_TO: jax.Array, other_input_TI: jax.Array, other_grad_TO: jax.Array
+) -> jax.Array:
+    """<vec G, vec H> for G [O, I] and H [P, J] with O I = P J, flattened row by row.
+
+    With g = gcd(I, J), every J / g rows of G are as many numbers as I / g rows of H.
+    """
+    num_in, num_other_in = input_TI.shape[-1], other_input_TI.shape[-1]
+    shared = math.gcd(num_in, num_other_in)
+    unit, other_unit = num_other_in // shared, num_in // shared
+    num_units = grad_TO.shape[-1] // unit
+    # As many units a tile as divide all of them and stay within the rows that may be held.
+    fits = [n for n in range(1, num_units + 1) if num_units % n == 0 and n * unit <= TILE_ROWS]
+    per_tile = max(fits, default=1)
+
+    def tiles(grad_TO: jax.Array, rows: int) -> jax.Array:
+        return grad_TO.reshape(grad_TO.shape[0], -1, rows).swapaxes(0, 1)
+
+    def part(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows = jnp.matmul(operands[0].T, input_TI, precision=HIGHEST).reshape(-1)
+        other_rows = jnp.matmul(operands[1].T, other_input_TI, precision=HIGHEST).reshape(-1)
+        wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+        return jnp.sum((rows * other_rows).astype(wide))
+
+    pairs = (tiles(grad_TO, per_tile * unit), tiles(other_grad_TO, per_tile * other_unit))
+    return jnp.sum(jax.lax.map(part, pairs))
