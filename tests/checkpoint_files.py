@@ -1,4 +1,4 @@
-"""One tiny model of `tiny_models`, written to disk in every way, so that files can be spoiled."""
+"""One tiny model of `tiny_models`, written to disk in every way, so that files can be spoiled; and read."""
 
 import dataclasses
 import functools
@@ -10,8 +10,14 @@ from typing import Any
 import gguf
 import gguf_files
 import numpy as np
+import pytest
 import tiny_models
+from flax import nnx
 from safetensors.numpy import load_file, save_file
+
+import jaxgrad
+from jaxgrad.errors import UserError
+from jaxgrad.models import LoadedModel, open_checkpoint
 
 UNTIED = tiny_models.Tiny(4, 2, tied=False)
 TIED = tiny_models.Tiny(4, 2, tied=True)
@@ -141,3 +147,35 @@ def write_hub_cache(cache: Path, repository: str, **options: Any) -> Path:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
     return cache
+
+
+def refusal(path: Path | str) -> str:
+    """The message that opening the model ends with; its weights must not be needed for it."""
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def shape_of(name: str) -> list[int]:
+    return list(files_of().weights[name].shape)
+
+
+def load(path: Path, dtype: str = "float32") -> LoadedModel:
+    return jaxgrad.load_model(str(path), dtype=dtype)
+
+
+def parameters(model: LoadedModel) -> dict[str, np.ndarray]:
+    return {
+        ".".join(map(str, path)): np.asarray(leaf.get_value())
+        for path, leaf in nnx.to_flat_state(model.state)
+    }
+
+
+def assert_same_parameters(one: LoadedModel, other: LoadedModel) -> None:
+    ours, theirs = parameters(one), parameters(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert ours[name].tobytes() == theirs[name].tobytes(), name

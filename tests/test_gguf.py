@@ -8,9 +8,17 @@ import jax
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import K_PROJ, gguf_bytes, write_gguf, write_model
+from checkpoint_files import (
+    K_PROJ,
+    assert_same_parameters,
+    gguf_bytes,
+    load,
+    refusal,
+    shape_of,
+    write_gguf,
+    write_model,
+)
 from gguf_files import CASES, Q8_0, Case
-from test_model_loading import assert_same_parameters, load, refusal, shape_of
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.families import read_config

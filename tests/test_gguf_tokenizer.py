@@ -2,9 +2,8 @@
 
 import gguf_tokenizers
 import pytest
-from checkpoint_files import write_gguf
+from checkpoint_files import refusal, write_gguf
 from gguf_tokenizers import BYTE_LEVEL, SPACE, TEXTS
-from test_model_loading import refusal
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.gguf_source import GgufFile
