@@ -104,8 +104,8 @@ class ExampleSet:
             for e in np.flatnonzero(~keep_E)
         ]
 
-        def texts(values: Sequence[Any]) -> tuple[Any, ...]:
-            return tuple(values[e] for e in np.flatnonzero(keep_E))
+        def texts(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[e] for e in np.flatnonzero(keep_E).tolist())
 
         return dataclasses.replace(
             self,
@@ -183,7 +183,7 @@ class Values:
     value_ELP: np.ndarray
 
     @property
-    def per_example_EP(self) -> np.ndarray:
+    def per_example(self) -> np.ndarray:
         """Mean over layers: the one number an example has for each projection [E, P]."""
         return self.value_ELP.mean(axis=1)
 

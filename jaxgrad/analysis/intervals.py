@@ -1,0 +1,333 @@
+"""Bootstrap intervals of anything that is read off mean curves; examples are what is resampled.
+
+A resample of E examples enters a mean only through how often each example was drawn, so that all
+R mean curves are one product, weights [R, E] @ values [E, L P]: 2000 resamples of 500 examples x 42
+layers x 4 projections in well under a second.
+
+Two sets are resampled together: where an instruction stands in both, its two examples are drawn as
+one unit (what makes both hard to learn then cancels in the contrast); the examples of a set without
+partner are drawn among themselves. The estimate uses all of them.
+
+Sources: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 14 (equations
+14.9 to 14.15 for BCa); the acceleration over several groups as in scipy.stats.bootstrap.
+
+Which method for what. A mean, a curve and a signed RD: percentile. MAD and the absolute RD: neither
+percentile nor BCa nor basic, but "debiased". They are means of absolute values, so that noise makes
+them larger, and resampling adds noise once more: where steps of a curve are of the size of their
+standard error, the percentile interval lies above the truth as a whole. Coverage of nominal 95 %
+intervals, 300 simulated studies each, 18 layers, log-normal examples, curves that are random walks
+with steps of 0.1, 0.5 and 2 on a level of 10, 30 % noise a layer:
+
+| statistic, examples | percentile | BCa | basic | debiased |
+|---|---|---|---|---|
+@@TABLE@@
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+from jaxgrad.errors import UserError
+
+Method = Literal["percentile", "bca", "basic", "debiased"]
+
+# Weights held at a time: 32 MB.
+_BLOCK_VALUES = 2**22
+# Below it percentile and BCa intervals of a mean are known to be too narrow: said, not mended.
+_FEW_EXAMPLES = 20
+# A bias of this fraction of the estimate means that most steps are of the size of their error.
+_NOISY_BIAS = 0.2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval.
+
+    Attributes:
+        estimate: The statistic of all examples, any shape.
+        low, high: Of the same shape; NaN where there is no interval, and then `note` says why.
+        level: Nominal coverage.
+        method: How the interval was made.
+        num_resamples: R.
+        bias: How much the draws lie above the estimate on average, which estimates how much the
+            estimate lies above the truth; NaN without draws.
+        note: What limits it, or None.
+    """
+
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    bias: np.ndarray
+    level: float
+    method: str
+    num_resamples: int
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Units that are drawn among themselves: `members[k]` are their places in set k, or None.
+
+    A pair is a unit with a place in both sets.
+    """
+
+    members: tuple[np.ndarray | None, ...]
+
+    @property
+    def size(self) -> int:
+        """How many units."""
+        return next(len(places) for places in self.members if places is not None)
+
+
+def strata_of(
+    sizes: Sequence[int], pairs: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[Stratum, ...]:
+    """How one set, or two sets with pairs, are resampled.
+
+    Args:
+        sizes: Examples of each set.
+        pairs: Places in the first and in the second set of the examples that belong together.
+
+    Returns:
+        One stratum of pairs and one of each set's others, where there are any.
+    """
+    strata = []
+    paired: list[np.ndarray] = [np.empty(0, np.int64) for _ in sizes]
+    if pairs is not None and len(pairs[0]):
+        if len(sizes) != 2 or len(pairs[0]) != len(pairs[1]):
+            raise ValueError("pairs are of two sets, one place in each")
+        paired = [np.asarray(places) for places in pairs]
+        strata.append(Stratum(tuple(paired)))
+    for k, size in enumerate(sizes):
+        others = np.setdiff1d(np.arange(size), paired[k])
+        if len(others):
+            strata.append(Stratum(tuple(others if j == k else None for j in range(len(sizes)))))
+    return tuple(strata)
+
+
+def refusal(sizes: Sequence[int], strata: Sequence[Stratum]) -> str | None:
+    """Why these sets allow no interval, or None.
+
+    | case | interval |
+    |---|---|
+    | a set with fewer than 2 examples | none: nothing is known of how examples vary |
+    | one unit alone in its stratum, its set has 20 examples or more | yes: that one is held fixed |
+    | the same in a smaller set | none |
+
+    One of n examples held fixed makes the interval narrower by a fraction of 1/(2n), 1/40 at most.
+    """
+    if min(sizes) < 2:
+        return "no interval: a set has fewer than 2 examples"
+    for stratum in strata:
+        for places, size in zip(stratum.members, sizes, strict=True):
+            if places is not None and stratum.size == 1 and size < _FEW_EXAMPLES:
+                return "no interval: a single example with or without partner cannot be resampled"
+    return None
+
+
+def caution(sizes: Sequence[int]) -> str | None:
+    """What must be said of an interval from few examples, or None."""
+    if min(sizes) >= _FEW_EXAMPLES:
+        return None
+    return f"only {min(sizes)} examples in a set: the interval tends to be too narrow"
+
+
+def resample_weights(
+    sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1.
+
+    The same sizes, strata and seed give the same weights.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, min(num_resamples, _BLOCK_VALUES // sum(sizes)))
+    for start in range(0, num_resamples, block):
+        rows = min(block, num_resamples - start)
+        weights = tuple(np.zeros((rows, size)) for size in sizes)
+        for stratum in strata:
+            drawn = rng.integers(0, stratum.size, (rows, stratum.size))
+            drawn += stratum.size * np.arange(rows)[:, None]
+            count = np.bincount(drawn.ravel(), minlength=rows * stratum.size)
+            for k, places in enumerate(stratum.members):
+                if places is not None:
+                    weights[k][:, places] = count.reshape(rows, -1) / sizes[k]
+        yield weights
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray],
+    *values: np.ndarray,
+    pairs: tuple[np.ndarray, np.ndarray] | None = None,
+    method: Method = "percentile",
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The interval of a statistic of the mean over examples of one set or of two.
+
+    Args:
+        statistic: Takes each set's means, with an axis of resamples before theirs ([R, L, P] for
+            curves), and returns [R, ...].
+        values: For each set [E, ...], finite.
+        pairs: See `strata_of`.
+        method: See `interval_from_draws`.
+        level: Nominal coverage.
+        num_resamples: R.
+        seed: The same seed gives the same interval.
+
+    Returns:
+        An interval of the statistic's shape; see `refusal` for when it has no limits.
+
+    Raises:
+        UserError: A level outside (0, 1), or fewer than 100 resamples.
+        ValueError: A set is empty, or a value is not finite.
+    """
+    check_resampling(level, num_resamples)
+    sizes = [len(value) for value in values]
+    if min(sizes) == 0 or not all(np.isfinite(value).all() for value in values):
+        raise ValueError("bootstrap: a set is empty, or a value is not finite")
+    strata = strata_of(sizes, pairs)
+    means = [value.mean(axis=0) for value in values]
+    estimate = statistic(*(mean[None] for mean in means))[0]
+    note = refusal(sizes, strata)
+    if note is not None:
+        nothing = np.full(np.shape(estimate), np.nan)
+        return Interval(estimate, nothing, nothing, nothing, level, method, 0, note)
+    flat = [value.reshape(len(value), -1) for value in values]
+    draws = []
+    for weights in resample_weights(sizes, strata, num_resamples, seed):
+        curves = [
+            (w @ f).reshape(len(w), *mean.shape)
+            for w, f, mean in zip(weights, flat, means, strict=True)
+        ]
+        draws.append(statistic(*curves))
+    acceleration = None
+    if method == "bca":
+        acceleration = _acceleration(
+            [statistic(*left) for left in _leave_one_out(values, means, strata)]
+        )
+    return interval_from_draws(
+        np.concatenate(draws), estimate, method, level, acceleration, caution(sizes)
+    )
+
+
+def check_resampling(level: float, num_resamples: int) -> None:
+    """Refuses a level or a number of resamples that gives no meaningful interval."""
+    if not 0 < level < 1:
+        raise UserError(f"level is {level}: give a coverage between 0 and 1, like 0.95.")
+    if num_resamples < 100:
+        raise UserError(f"num_resamples is {num_resamples}: give 100 or more.")
+
+
+def interval_from_draws(
+    draws_R: np.ndarray,
+    estimate: np.ndarray,
+    method: Method,
+    level: float = 0.95,
+    acceleration: np.ndarray | None = None,
+    note: str | None = None,
+) -> Interval:
+    """Limits from a bootstrap distribution.
+
+    With q the quantiles of the draws and a = (1 - level) / 2:
+
+    | method | limits |
+    |---|---|
+    | percentile | q(a), q(1 - a) |
+    | basic | 2 estimate - q(1 - a), 2 estimate - q(a): the bias of the draws is taken off twice |
+    | bca | q at levels shifted by the median bias z0 and the acceleration |
+    | debiased | the hull of the basic limits and of q - 2 bias, not below zero; see there |
+
+    "debiased" is for means of absolute values. Basic and q - 2 bias take the same bias off and differ
+    in which tail of the draws becomes which tail of the interval; either alone covers too little.
+    The bias itself is underestimated where most steps are noise: of n(0, e) the mean absolute value
+    is e sqrt(2/pi), all of it bias, of the draws n(0, e sqrt(2)) it is sqrt(2) times that, so that the
+    bootstrap sees sqrt(2) - 1 of the bias. Where the bias seen exceeds a fifth of the estimate, the
+    lower limit therefore reaches down to estimate - (1 + sqrt(2)) bias - z sd, and a note says so.
+
+    BCa needs draws on both sides of the estimate. Where there are none (z0 is infinite) there is no
+    interval, unless every draw equals the estimate: then both limits do.
+
+    Args:
+        draws_R: [R, ...].
+        estimate: [...].
+        method: As above.
+        level: Nominal coverage.
+        acceleration: [...], for BCa; 0 when None.
+        note: Handed on.
+    """
+    estimate = np.asarray(estimate)
+    tail = (1 - level) / 2
+    ordered_R = np.sort(draws_R, axis=0)
+    bias = draws_R.mean(axis=0) - estimate
+    if method == "bca":
+        below = ((draws_R < estimate).mean(axis=0) + (draws_R <= estimate).mean(axis=0)) / 2
+        shift = ndtri(below)
+        skew = np.zeros_like(estimate) if acceleration is None else acceleration
+        with np.errstate(invalid="ignore"):
+            low, high = (
+                _quantile(ordered_R, ndtr(shift + (shift + z) / (1 - skew * (shift + z))))
+                for z in (ndtri(tail), ndtri(1 - tail))
+            )
+        if np.isinf(shift).any():
+            note = joined(note, "no BCa interval: no draw beyond the estimate")
+    else:
+        low, high = (_quantile(ordered_R, np.full(estimate.shape, at)) for at in (tail, 1 - tail))
+        if method == "basic":
+            low, high = 2 * estimate - high, 2 * estimate - low
+        elif method == "debiased":
+            low, high = (
+                np.minimum(2 * estimate - high, low - 2 * bias),
+                np.maximum(2 * estimate - low, high - 2 * bias),
+            )
+            noisy = bias > estimate * _NOISY_BIAS
+            reach = estimate - (1 + math.sqrt(2)) * bias + ndtri(tail) * draws_R.std(axis=0)
+            low = np.maximum(np.where(noisy, np.minimum(low, reach), low), 0.0)
+            if noisy.any():
+                note = joined(note, "mostly noise: the bias exceeds a fifth of an estimate")
+    return Interval(estimate, low, high, bias, level, method, len(draws_R), note)
+
+
+def joined(*notes: str | None) -> str | None:
+    """Notes as one text; None when there is none."""
+    return "; ".join(dict.fromkeys(note for note in notes if note)) or None
+
+
+def _quantile(ordered_R: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Quantile `at` of each component, linear between order statistics; NaN where either is NaN."""
+    undefined = np.isnan(at) | np.isnan(ordered_R).any(axis=0)
+    place = np.where(undefined, 0.0, at) * (len(ordered_R) - 1)
+    below = np.floor(place).astype(np.int64)
+    above = np.minimum(below + 1, len(ordered_R) - 1)
+    lower, upper = (np.take_along_axis(ordered_R, i[None], axis=0)[0] for i in (below, above))
+    return np.where(undefined, np.nan, lower + (place - below) * (upper - lower))
+
+
+def _leave_one_out(
+    values: Sequence[np.ndarray], means: Sequence[np.ndarray], strata: Sequence[Stratum]
+) -> Iterator[list[np.ndarray]]:
+    """For each stratum, each set's means without unit 1, 2, ...: [units, ...]."""
+    for stratum in strata:
+        without = []
+        for value, mean, places in zip(values, means, stratum.members, strict=True):
+            if places is None:
+                without.append(np.broadcast_to(mean, (stratum.size, *mean.shape)))
+            else:
+                without.append((len(value) * mean - value[places]) / (len(value) - 1))
+        yield without
+
+
+def _acceleration(jackknife: Sequence[np.ndarray]) -> np.ndarray:
+    """BCa's acceleration from the leave-one-out statistics of each stratum, [units, ...] each."""
+    cubes, squares = np.float64(0), np.float64(0)
+    for left in jackknife:
+        n = len(left)
+        influence = (n - 1) * (left.mean(axis=0) - left)
+        cubes = cubes + (influence**3).sum(axis=0) / n**3
+        squares = squares + (influence**2).sum(axis=0) / n**2
+    flat = squares == 0
+    return np.where(flat, 0.0, cubes / np.where(flat, 1.0, 6 * squares**1.5))
