@@ -7,6 +7,7 @@ the dependence round, matching keeps only the lengths that both sets have, and t
 extrapolation where they have none in common. Each says how far it reaches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,9 @@ class LengthMatch:
     """Examples of two sets with responses of about the same length.
 
     Attributes:
-        first, second: The matched examples, pair i at place i of both; `left_out` says who is not.
-        pairs: Place i with place i.
+        first, second: The matched examples, in the order of their data files; `left_out` says who is
+            not among them.
+        pairs: Their places, a pair an entry.
         caliper: Largest |ln tokens2 - ln tokens1| allowed.
         difference_before: Mean ln response tokens of the second set minus the first, all examples.
         difference_after: The same of the matched ones; NaN without any.
@@ -221,8 +223,8 @@ def length_regression(
     def adjusted(one: np.ndarray, two: np.ndarray) -> np.ndarray:
         return plain(one, two) - slope(one, two) * (two[:, 0] - one[:, 0])
 
-    coefficients = [
-        bootstrap(
+    def interval(statistic_of: Callable[..., np.ndarray]) -> Interval:
+        return bootstrap(
             statistic_of,
             *moments,
             pairs=pairs.places,
@@ -230,15 +232,15 @@ def length_regression(
             num_resamples=resampling.num_resamples,
             seed=resampling.seed,
         )
-        for statistic_of in (plain, adjusted, slope)
-    ]
+
+    without, beside, of_length = interval(plain), interval(adjusted), interval(slope)
     overlap = _overlap(*(part[:, 0] for part in x))
-    if np.isnan(coefficients[1].estimate).any():
+    if np.isnan(beside.estimate).any():
         note = joined(note, "no adjusted contrast: the length does not vary within the sets")
     elif overlap == 0:
         note = joined(note, "no lengths in common: the adjusted contrast is an extrapolation")
-    note = joined(note, coefficients[0].note)
-    return LengthRegression(*sets, *coefficients, overlap, log_value, note)
+    note = joined(note, without.note)
+    return LengthRegression(sets[0], sets[1], without, beside, of_length, overlap, log_value, note)
 
 
 def _overlap(one_E: np.ndarray, two_E: np.ndarray) -> float:
@@ -287,7 +289,7 @@ def leakage_contrast(
         kept.append(examples.subset(keep_E, "irrelevant response equals the correct one"))
     without = None
     if min(examples.num_examples for examples in kept):
-        without = contrast(*kept, statistic, resampling=resampling)
+        without = contrast(kept[0], kept[1], statistic, resampling=resampling)
     return Leakage(len(pairs), int(leaked.sum()), everything, without)
 
 
