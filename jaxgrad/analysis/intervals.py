@@ -16,11 +16,25 @@ percentile nor BCa nor basic, but "debiased". They are means of absolute values,
 them larger, and resampling adds noise once more: where steps of a curve are of the size of their
 standard error, the percentile interval lies above the truth as a whole. Coverage of nominal 95 %
 intervals, 300 simulated studies each, 18 layers, log-normal examples, curves that are random walks
-with steps of 0.1, 0.5 and 2 on a level of 10, 30 % noise a layer:
+with steps of 0.1, 0.5 and 2 (the three figures) on a level of 10, 30 % noise a layer, sets unpaired:
 
 | statistic, examples | percentile | BCa | basic | debiased |
 |---|---|---|---|---|
-@@TABLE@@
+| MAD, 50 | 0, 6, 82 | 0, 34, 90 | 76, 94, 92 | 92, 96, 94 |
+| MAD, 100 | 0, 21, 88 | 0, 63, 91 | 78, 92, 93 | 94, 94, 95 |
+| MAD, 300 | 0, 58, 92 | 0, 84, 93 | 86, 90, 94 | 94, 92, 96 |
+| MAD by segment, 50 | 1, 54, 90 | 19, 76, 89 | 91, 90, 90 | 92, 96, 94 |
+| MAD by segment, 100 | 4, 70, 92 | 32, 83, 91 | 90, 88, 92 | 92, 94, 94 |
+| MAD by segment, 300 | 19, 86, 93 | 53, 88, 92 | 92, 89, 92 | 94, 94, 94 |
+| abs RD, 50 | 86, 84, 82 | 86, 83, 85 | 89, 90, 92 | 97, 98, 99 |
+| abs RD, 100 | 89, 90, 90 | 88, 88, 91 | 90, 91, 93 | 96, 97, 97 |
+| abs RD, 300 | 92, 94, 94 | 91, 93, 94 | 92, 92, 92 | 96, 95, 96 |
+| curve, 50 | 94, 93, 93 | 94, 93, 93 | 93, 92, 93 | |
+| curve, 100 | 95, 95, 94 | 95, 95, 94 | 95, 95, 94 | |
+| curve, 300 | 94, 94, 94 | 94, 94, 94 | 94, 95, 94 | |
+| signed RD, 50 | 94, 94, 94 | 93, 93, 93 | 92, 93, 93 | |
+| signed RD, 100 | 95, 95, 95 | 94, 95, 95 | 94, 94, 94 | |
+| signed RD, 300 | 94, 95, 95 | 94, 95, 95 | 94, 95, 95 | |
 """
 
 import math
