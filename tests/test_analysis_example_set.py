@@ -180,3 +180,16 @@ def test_the_authors_files_say_nothing_of_tokens():
     assert examples.values("loss_normalised_norm").value_ELP.shape == (1, L, 4)
     with pytest.raises(UserError, match="num_response_tokens was not measured"):
         examples.values("sum_loss_norm")
+
+
+def test_texts_that_are_null():
+    rows = [
+        example(0, norms(0), instruction="a", response=None),
+        example(1, norms(1), response=None),
+        example(2, norms(2), status="skipped", response=None),
+    ]
+    read = results(rows, num_layers=L)
+    read.examples["reason"] = None
+    examples = example_set(read, "run")
+    assert examples.responses == (None, None)
+    assert examples.left_out[0].reason == "skipped"

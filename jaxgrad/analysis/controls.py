@@ -295,13 +295,12 @@ def leakage_contrast(
 
 def leaked_pairs(correct: ExampleSet, irrelevant: ExampleSet, pairs: Pairs) -> np.ndarray:
     """Mask of the pairs with equal responses, white space around them aside; unknown ones are not."""
+    texts = [
+        (correct.responses[a], irrelevant.responses[b])
+        for a, b in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+    ]
     return np.array(
-        [
-            correct.responses[a] is not None
-            and (correct.responses[a] or "").strip() == (irrelevant.responses[b] or "").strip()
-            and irrelevant.responses[b] is not None
-            for a, b in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
-        ],
+        [one is not None and two is not None and one.strip() == two.strip() for one, two in texts],
         bool,
     )
 

@@ -249,8 +249,8 @@ def example_set(
         index_E=used["example_index"].to_numpy(np.int64),
         occurrence_E=occurrence.loc[used.index].to_numpy(np.int64),
         example_ids=tuple(used["example_id"]),
-        instructions=tuple(used["instruction"]),
-        responses=tuple(used["response"]),
+        instructions=_texts(used["instruction"]),
+        responses=_texts(used["response"]),
         loss_E=used["loss"].to_numpy(np.float64),
         response_tokens_E=used["num_response_tokens"].to_numpy(np.float64, na_value=np.nan),
         truncated_E=truncated,
@@ -259,10 +259,15 @@ def example_set(
     )
 
 
+def _texts(column: pd.Series) -> tuple[str | None, ...]:
+    # A null in a column of strings is None or NaN, by pandas' version and what else is in it.
+    return tuple(None if pd.isna(text) else text for text in column)
+
+
 def _reason(row: Any, why: Mapping[int, str | None]) -> str:
     if row.status == "ok":
         return str(why[row.example_index])
-    return row.status if row.reason is None else f"{row.status}: {row.reason}"
+    return row.status if pd.isna(row.reason) else f"{row.status}: {row.reason}"
 
 
 def _choose(label: str, matrices: pd.DataFrame, asked: Sequence[str] | None) -> tuple[str, ...]:
