@@ -265,6 +265,17 @@ def test_what_a_contrast_cannot_have():
     assert "MAD difference" not in partial.table()
 
 
+def test_numbers_that_are_mostly_noise_say_so():
+    first, second = (random_set(seed, 30, layers=41) for seed in (0, 1))
+    noisy = contrast(first, second, resampling=FAST)
+    assert "MAD difference: mostly noise" in noisy.note
+    assert "mean |RD|: mostly noise" in noisy.note
+    # One law for both sets: all of |RD| is noise, and the interval reaches down to nearly none.
+    assert (noisy.mean_absolute_rd_P.low < 0.01 * noisy.mean_absolute_rd_P.estimate).all()
+    assert (noisy.table()["mean |RD| bias"] > 0).all()
+    assert "MAD: mostly noise" in describe(first.values(), FAST).note
+
+
 def test_given_pairs_need_every_example():
     zero = np.ones((4, L, P))
     zero[0] = 0

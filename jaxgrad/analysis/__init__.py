@@ -3,8 +3,9 @@
     Results -> example_set -> ExampleSet -> .values(statistic) -> describe -> curve, MAD, segments
                two of them -> contrast -> RD, sign-flip p, AUC, counts; and the controls of `controls`
 
-`curves` reads statistics off mean curves, `intervals` resamples examples, `pairing` says which sets and
-examples belong together, `separation` has p and AUC, `summary` is the short table of `bin/summarize`.
+`curves` reads statistics off mean curves; `resampling` draws examples, `intervals` makes limits of the
+draws; `pairing` says which sets and examples belong together, `separation` has p and AUC; `summary` is
+the short table of `bin/summarize`.
 
 To the package's dimension key come, in this stage alone:
 

@@ -8,8 +8,9 @@ import pandas as pd
 
 from jaxgrad.analysis import curves
 from jaxgrad.analysis.example_set import ExampleSet, Values
-from jaxgrad.analysis.intervals import Interval, Method, bootstrap, joined
+from jaxgrad.analysis.intervals import Interval, Method, bootstrap, bootstrap_difference
 from jaxgrad.analysis.pairing import Pairs, check_comparable, pair_by_instruction
+from jaxgrad.analysis.resampling import joined
 from jaxgrad.analysis.separation import SignFlip, chance_smaller, sign_flip_test
 from jaxgrad.errors import UserError
 
@@ -42,7 +43,7 @@ class Description:
         mad_P: MAD over all layers, "debiased" interval; None where a layer is missing.
         segment_mad_3P: MAD of the early, middle and last layers; None where a layer is missing or
             the model has fewer than three.
-        note: Why one of them is None, or None.
+        note: Why one of them is None, what limits an interval, or None.
     """
 
     values: Values
@@ -68,6 +69,9 @@ def describe(values: Values, resampling: Resampling = Resampling()) -> Descripti
             note = "no segments: fewer than three layers"
         else:
             segment = interval(curves.segment_mad, "debiased")
+    for name, of in (("MAD", mad), ("MAD by segment", segment)):
+        if of is not None and of.note is not None:
+            note = joined(note, f"{name}: {of.note}")
     return Description(values, interval(_identity), interval(_over_layers), mad, segment, note)
 
 
@@ -81,11 +85,12 @@ class Contrast:
         difference_P: Mean of the second minus mean of the first, each over layers and examples.
         rd_LP: RD, signed, by layer.
         mean_absolute_rd_P: RD, absolute, averaged over layers; "debiased" interval.
-        mad_difference_P: MAD of the second minus MAD of the first; None where a layer is missing.
+        mad_difference_P: MAD of the second minus MAD of the first, `bootstrap_difference`; None where
+            a layer is missing.
         largest: Positions in `first.examples.layers` of the five largest |RD|, [5, P].
         sign_flip: p of the paired differences of the examples' means over layers.
         chance_smaller_P: AUC of the examples' means over layers.
-        note: What was not compared or is missing, or None.
+        note: What was not compared, is missing or limits an interval, or None.
     """
 
     first: Values
@@ -131,6 +136,8 @@ class Contrast:
             if interval is not None:
                 columns |= {name: interval.estimate, f"{name} low": interval.low}
                 columns[f"{name} high"] = interval.high
+                if interval.method == "debiased":
+                    columns[f"{name} bias"] = interval.bias
         columns["sign-flip p"] = self.sign_flip.p_P
         columns["largest layers"] = [
             ", ".join(map(str, layers[places])) for places in self.largest.T
@@ -181,12 +188,25 @@ def contrast(
     def interval(statistic: Callable[..., np.ndarray], method: Method = "percentile") -> Interval:
         return _interval(statistic, (one, two), pairs, method, resampling)
 
+    def about(name: str, of: Interval) -> str | None:
+        return None if of.note in (None, rd_LP.note) else f"{name}: {of.note}"
+
     rd_LP = interval(curves.relative_difference)
+    absolute = interval(curves.mean_absolute_rd, "debiased")
     if np.isnan(rd_LP.estimate).any():
         note = joined(note, "no RD where the reference is zero")
     mad_difference = None
     if one.examples.has_every_layer and two.examples.has_every_layer:
-        mad_difference = interval(lambda a, b: curves.mad(b) - curves.mad(a), "basic")
+        mad_difference = bootstrap_difference(
+            curves.mad,
+            one.value_ELP,
+            two.value_ELP,
+            pairs=pairs.places,
+            level=resampling.level,
+            num_resamples=resampling.num_resamples,
+            seed=resampling.seed,
+        )
+        note = joined(note, about("MAD difference", mad_difference))
     else:
         note = joined(note, "no MAD: not every layer of the model was measured")
     per_first, per_second = one.per_example, two.per_example
@@ -196,7 +216,7 @@ def contrast(
         pairs=pairs,
         difference_P=interval(lambda a, b: (b - a).mean(axis=-2)),
         rd_LP=rd_LP,
-        mean_absolute_rd_P=interval(curves.mean_absolute_rd, "debiased"),
+        mean_absolute_rd_P=absolute,
         mad_difference_P=mad_difference,
         largest=curves.largest_layers(rd_LP.estimate),
         sign_flip=sign_flip_test(
@@ -212,7 +232,7 @@ def contrast(
             num_resamples=resampling.num_resamples,
             seed=resampling.seed,
         ),
-        note=joined(note, rd_LP.note),
+        note=joined(note, rd_LP.note, about("mean |RD|", absolute)),
     )
 
 

@@ -15,8 +15,9 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxgrad.analysis.contrasts import Contrast, Resampling, contrast
 from jaxgrad.analysis.example_set import ExampleSet
-from jaxgrad.analysis.intervals import Interval, bootstrap, joined
+from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.pairing import Pairs, check_comparable, pair_by_instruction
+from jaxgrad.analysis.resampling import joined
 from jaxgrad.errors import UserError
 
 # Responses within 10 % of each other's length.

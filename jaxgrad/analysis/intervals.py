@@ -4,10 +4,6 @@ A resample of E examples enters a mean only through how often each example was d
 R mean curves are one product, weights [R, E] @ values [E, L P]: 2000 resamples of 500 examples x 42
 layers x 4 projections in well under a second.
 
-Two sets are resampled together: where an instruction stands in both, its two examples are drawn as
-one unit (what makes both hard to learn then cancels in the contrast); the examples of a set without
-partner are drawn among themselves. The estimate uses all of them.
-
 Sources: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 14 (equations
 14.9 to 14.15 for BCa); the acceleration over several groups as in scipy.stats.bootstrap.
 
@@ -45,16 +41,21 @@ from typing import Literal
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from jaxgrad.errors import UserError
+from jaxgrad.analysis.resampling import (
+    Stratum,
+    caution,
+    check_resampling,
+    joined,
+    refusal,
+    resample_weights,
+    strata_of,
+)
 
 Method = Literal["percentile", "bca", "basic", "debiased"]
 
-# Weights held at a time: 32 MB.
-_BLOCK_VALUES = 2**22
-# Below it percentile and BCa intervals of a mean are known to be too narrow: said, not mended.
-_FEW_EXAMPLES = 20
 # A bias of this fraction of the estimate means that most steps are of the size of their error.
 _NOISY_BIAS = 0.2
+MOSTLY_NOISE = "mostly noise: the bias exceeds a fifth of an estimate"
 
 
 @dataclass(frozen=True)
@@ -80,96 +81,6 @@ class Interval:
     method: str
     num_resamples: int
     note: str | None = None
-
-
-@dataclass(frozen=True)
-class Stratum:
-    """Units that are drawn among themselves: `members[k]` are their places in set k, or None.
-
-    A pair is a unit with a place in both sets.
-    """
-
-    members: tuple[np.ndarray | None, ...]
-
-    @property
-    def size(self) -> int:
-        """How many units."""
-        return next(len(places) for places in self.members if places is not None)
-
-
-def strata_of(
-    sizes: Sequence[int], pairs: tuple[np.ndarray, np.ndarray] | None = None
-) -> tuple[Stratum, ...]:
-    """How one set, or two sets with pairs, are resampled.
-
-    Args:
-        sizes: Examples of each set.
-        pairs: Places in the first and in the second set of the examples that belong together.
-
-    Returns:
-        One stratum of pairs and one of each set's others, where there are any.
-    """
-    strata = []
-    paired: list[np.ndarray] = [np.empty(0, np.int64) for _ in sizes]
-    if pairs is not None and len(pairs[0]):
-        if len(sizes) != 2 or len(pairs[0]) != len(pairs[1]):
-            raise ValueError("pairs are of two sets, one place in each")
-        paired = [np.asarray(places) for places in pairs]
-        strata.append(Stratum(tuple(paired)))
-    for k, size in enumerate(sizes):
-        others = np.setdiff1d(np.arange(size), paired[k])
-        if len(others):
-            strata.append(Stratum(tuple(others if j == k else None for j in range(len(sizes)))))
-    return tuple(strata)
-
-
-def refusal(sizes: Sequence[int], strata: Sequence[Stratum]) -> str | None:
-    """Why these sets allow no interval, or None.
-
-    | case | interval |
-    |---|---|
-    | a set with fewer than 2 examples | none: nothing is known of how examples vary |
-    | one unit alone in its stratum, its set has 20 examples or more | yes: that one is held fixed |
-    | the same in a smaller set | none |
-
-    One of n examples held fixed makes the interval narrower by a fraction of 1/(2n), 1/40 at most.
-    """
-    if min(sizes) < 2:
-        return "no interval: a set has fewer than 2 examples"
-    for stratum in strata:
-        for places, size in zip(stratum.members, sizes, strict=True):
-            if places is not None and stratum.size == 1 and size < _FEW_EXAMPLES:
-                return "no interval: a single example with or without partner cannot be resampled"
-    return None
-
-
-def caution(sizes: Sequence[int]) -> str | None:
-    """What must be said of an interval from few examples, or None."""
-    if min(sizes) >= _FEW_EXAMPLES:
-        return None
-    return f"only {min(sizes)} examples in a set: the interval tends to be too narrow"
-
-
-def resample_weights(
-    sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1.
-
-    The same sizes, strata and seed give the same weights.
-    """
-    rng = np.random.default_rng(seed)
-    block = max(1, min(num_resamples, _BLOCK_VALUES // sum(sizes)))
-    for start in range(0, num_resamples, block):
-        rows = min(block, num_resamples - start)
-        weights = tuple(np.zeros((rows, size)) for size in sizes)
-        for stratum in strata:
-            drawn = rng.integers(0, stratum.size, (rows, stratum.size))
-            drawn += stratum.size * np.arange(rows)[:, None]
-            count = np.bincount(drawn.ravel(), minlength=rows * stratum.size)
-            for k, places in enumerate(stratum.members):
-                if places is not None:
-                    weights[k][:, places] = count.reshape(rows, -1) / sizes[k]
-        yield weights
 
 
 def bootstrap(
@@ -211,30 +122,90 @@ def bootstrap(
     if note is not None:
         nothing = np.full(np.shape(estimate), np.nan)
         return Interval(estimate, nothing, nothing, nothing, level, method, 0, note)
-    flat = [value.reshape(len(value), -1) for value in values]
-    draws = []
-    for weights in resample_weights(sizes, strata, num_resamples, seed):
-        curves = [
-            (w @ f).reshape(len(w), *mean.shape)
-            for w, f, mean in zip(weights, flat, means, strict=True)
-        ]
-        draws.append(statistic(*curves))
+    draws_R = _draws(statistic, values, strata, num_resamples, seed)
     acceleration = None
     if method == "bca":
         acceleration = _acceleration(
             [statistic(*left) for left in _leave_one_out(values, means, strata)]
         )
-    return interval_from_draws(
-        np.concatenate(draws), estimate, method, level, acceleration, caution(sizes)
+    return interval_from_draws(draws_R, estimate, method, level, acceleration, caution(sizes))
+
+
+def bootstrap_difference(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    pairs: tuple[np.ndarray, np.ndarray] | None = None,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The second set's mean of absolute values minus the first's, such as a difference of MAD.
+
+    As "debiased", but each set's bias pulls to its own side: where the first set's is mostly noise
+    the upper limit reaches further, where the second's is the lower one. Without that a noisier
+    second set has a larger MAD by its noise alone, and a basic interval covered as little as 79 %
+    of true differences (300 examples, 80 % noise a layer against 30 %); this one 93 to 98 %.
+
+    Args:
+        statistic: Takes mean curves [R, L, P], returns [R, ...].
+        first: The reference set [E, L, P], finite.
+        second: The other.
+        pairs: See `strata_of`.
+        level: Nominal coverage.
+        num_resamples: R.
+        seed: The same seed gives the same interval.
+
+    Raises:
+        UserError: As `bootstrap`.
+    """
+
+    def both(first_R: np.ndarray, second_R: np.ndarray) -> np.ndarray:
+        return np.stack([statistic(first_R), statistic(second_R)], axis=1)
+
+    check_resampling(level, num_resamples)
+    sizes = (len(first), len(second))
+    strata = strata_of(sizes, pairs)
+    one, two = both(first.mean(axis=0)[None], second.mean(axis=0)[None])[0]
+    note = refusal(sizes, strata)
+    if note is not None:
+        nothing = np.full(np.shape(one), np.nan)
+        return Interval(two - one, nothing, nothing, nothing, level, "debiased", 0, note)
+    draws_R = _draws(both, (first, second), strata, num_resamples, seed)
+    difference_R = draws_R[:, 1] - draws_R[:, 0]
+    bias = difference_R.mean(axis=0) - (two - one)
+    low, high = _hull(np.sort(difference_R, axis=0), two - one, bias, (1 - level) / 2)
+    beyond_one, beyond_two = (
+        _unseen_bias(draws_R[:, k].mean(axis=0) - value, value)
+        for k, value in enumerate((one, two))
+    )
+    note = caution(sizes)
+    if (beyond_one > 0).any() or (beyond_two > 0).any():
+        note = joined(note, MOSTLY_NOISE)
+    return Interval(
+        two - one, low - beyond_two, high + beyond_one, bias, level, "debiased", num_resamples, note
     )
 
 
-def check_resampling(level: float, num_resamples: int) -> None:
-    """Refuses a level or a number of resamples that gives no meaningful interval."""
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: give a coverage between 0 and 1, like 0.95.")
-    if num_resamples < 100:
-        raise UserError(f"num_resamples is {num_resamples}: give 100 or more.")
+def _draws(
+    statistic: Callable[..., np.ndarray],
+    values: Sequence[np.ndarray],
+    strata: Sequence[Stratum],
+    num_resamples: int,
+    seed: int,
+) -> np.ndarray:
+    """The statistic of every resample, [R, ...]."""
+    flat = [value.reshape(len(value), -1) for value in values]
+    sizes = [len(value) for value in values]
+    blocks = []
+    for weights in resample_weights(sizes, strata, num_resamples, seed):
+        means = [
+            (w @ f).reshape(len(w), *value.shape[1:])
+            for w, f, value in zip(weights, flat, values, strict=True)
+        ]
+        blocks.append(statistic(*means))
+    return np.concatenate(blocks)
 
 
 def interval_from_draws(
@@ -260,8 +231,10 @@ def interval_from_draws(
     in which tail of the draws becomes which tail of the interval; either alone covers too little.
     The bias itself is underestimated where most steps are noise: of n(0, e) the mean absolute value
     is e sqrt(2/pi), all of it bias, of the draws n(0, e sqrt(2)) it is sqrt(2) times that, so that the
-    bootstrap sees sqrt(2) - 1 of the bias. Where the bias seen exceeds a fifth of the estimate, the
-    lower limit therefore reaches down to estimate - (1 + sqrt(2)) bias - z sd, and a note says so.
+    bootstrap sees sqrt(2) - 1 of the bias and the estimate holds 1 + sqrt(2) times what is seen. Where
+    the bias seen exceeds a fifth of the estimate, the lower limit therefore reaches down by another
+    sqrt(2) times it, and a note says so. The estimate itself is left as it is by definition: it may
+    lie above its interval, and then most of it is noise.
 
     BCa needs draws on both sides of the estimate. Where there are none (z0 is infinite) there is no
     interval, unless every draw equals the estimate: then both limits do.
@@ -294,21 +267,28 @@ def interval_from_draws(
         if method == "basic":
             low, high = 2 * estimate - high, 2 * estimate - low
         elif method == "debiased":
-            low, high = (
-                np.minimum(2 * estimate - high, low - 2 * bias),
-                np.maximum(2 * estimate - low, high - 2 * bias),
-            )
-            noisy = bias > estimate * _NOISY_BIAS
-            reach = estimate - (1 + math.sqrt(2)) * bias + ndtri(tail) * draws_R.std(axis=0)
-            low = np.maximum(np.where(noisy, np.minimum(low, reach), low), 0.0)
-            if noisy.any():
-                note = joined(note, "mostly noise: the bias exceeds a fifth of an estimate")
+            low, high = _hull(ordered_R, estimate, bias, tail)
+            beyond = _unseen_bias(bias, estimate)
+            low = np.maximum(low - beyond, 0.0)
+            if (beyond > 0).any():
+                note = joined(note, MOSTLY_NOISE)
     return Interval(estimate, low, high, bias, level, method, len(draws_R), note)
 
 
-def joined(*notes: str | None) -> str | None:
-    """Notes as one text; None when there is none."""
-    return "; ".join(dict.fromkeys(note for note in notes if note)) or None
+def _hull(
+    ordered_R: np.ndarray, estimate: np.ndarray, bias: np.ndarray, tail: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The wider of the basic limits and of the percentile limits moved by twice the bias."""
+    low, high = (_quantile(ordered_R, np.full(estimate.shape, at)) for at in (tail, 1 - tail))
+    return (
+        np.minimum(2 * estimate - high, low - 2 * bias),
+        np.maximum(2 * estimate - low, high - 2 * bias),
+    )
+
+
+def _unseen_bias(bias: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+    """The bias that the bootstrap does not see where an estimate is mostly noise; else 0."""
+    return np.where(bias > _NOISY_BIAS * estimate, math.sqrt(2) * bias, 0.0)
 
 
 def _quantile(ordered_R: np.ndarray, at: np.ndarray) -> np.ndarray:

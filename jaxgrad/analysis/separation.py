@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata
 
-from jaxgrad.analysis.intervals import (
-    Interval,
+from jaxgrad.analysis.intervals import Interval, interval_from_draws
+from jaxgrad.analysis.resampling import (
     caution,
     check_resampling,
-    interval_from_draws,
     joined,
     refusal,
     resample_weights,
@@ -105,13 +104,13 @@ def chance_smaller(
     Args:
         first_EP: A value for every example of the reference set and projection.
         second_EP: Of the other set.
-        pairs: See `intervals.strata_of`.
+        pairs: See `resampling.strata_of`.
         level: Nominal coverage.
         num_resamples: R.
         seed: The same seed gives the same interval.
 
     Returns:
-        Interval [P]; without limits where `intervals.refusal` says so.
+        Interval [P]; without limits where `resampling.refusal` says so.
     """
     check_resampling(level, num_resamples)
     estimate = np.array(
