@@ -31,6 +31,10 @@ with steps of 0.1, 0.5 and 2 (the three figures) on a level of 10, 30 % noise a 
 | signed RD, 50 | 94, 94, 94 | 93, 93, 93 | 92, 93, 93 | |
 | signed RD, 100 | 95, 95, 95 | 94, 95, 95 | 94, 94, 94 | |
 | signed RD, 300 | 94, 95, 95 | 94, 95, 95 | 94, 95, 95 | |
+
+Where nothing is there at all (a flat curve, two sets of one law; 50 to 300 examples, 18 or 42 layers)
+"debiased" reaches down to zero for MAD in 92 to 96 % of the studies, for the absolute RD in 90 to 96 %,
+for MAD by segment in 88 to 93 %: whether there is a difference, the sign flips of `separation` say.
 """
 
 import math
