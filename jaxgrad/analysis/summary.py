@@ -1,14 +1,10 @@
-"""Tables over results: mean curves over layers and their mean absolute difference. NumPy and pandas.
-
-Definitions (Li, Li & Zhou, ACL 2025): the mean curve s_X,i is the nuclear norm of projection X in
-layer i averaged over examples; MAD is 1/(N-1) sum_i |s_X,(i+1) - s_X,i|, the roughness of that curve.
-"""
+"""Tables over results as they are read: mean curves, and norm and MAD of several runs side by side."""
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
+from jaxgrad.analysis.curves import mean_absolute_difference
 from jaxgrad.errors import UserError
 
 
@@ -17,18 +13,13 @@ def mean_curves(matrices: pd.DataFrame, statistic: str = "nuclear_norm") -> pd.D
 
     Args:
         matrices: the matrices table of `read_results`; unmeasured examples have no rows in it.
-        statistic: one of its columns. Undefined values (null) are left out of the mean.
+        statistic: one of its columns. Undefined values (null) are left out of the mean;
+            `example_set(...).values(...)` leaves out the example instead, and counts it.
     """
     layered = matrices[matrices["layer"].notna()]
     order = list(dict.fromkeys(layered["projection"]))
     curves = layered.pivot_table(index="layer", columns="projection", values=statistic)
     return curves[order]
-
-
-def mean_absolute_difference(curve: np.ndarray) -> float:
-    """MAD of a mean curve [N]: mean of |step| from each layer to the next; NaN for a single layer."""
-    steps = np.abs(np.diff(np.asarray(curve, np.float64)))
-    return float(steps.mean()) if steps.size else float("nan")
 
 
 def summary_table(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -1,0 +1,121 @@
+"""Which examples are drawn together, how often each is drawn, and when drawing tells nothing.
+
+Two sets are resampled together: where an instruction stands in both, its two examples are drawn as
+one unit (what makes both hard to learn then cancels in the contrast); the examples of a set without
+partner are drawn among themselves. The estimate uses all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxgrad.errors import UserError
+
+# Weights held at a time: 32 MB.
+_BLOCK_VALUES = 2**22
+# Below it percentile and BCa intervals of a mean are known to be too narrow: said, not mended.
+_FEW_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Units that are drawn among themselves: `members[k]` are their places in set k, or None.
+
+    A pair is a unit with a place in both sets.
+    """
+
+    members: tuple[np.ndarray | None, ...]
+
+    @property
+    def size(self) -> int:
+        """How many units."""
+        return next(len(places) for places in self.members if places is not None)
+
+
+def strata_of(
+    sizes: Sequence[int], pairs: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[Stratum, ...]:
+    """How one set, or two sets with pairs, are resampled.
+
+    Args:
+        sizes: Examples of each set.
+        pairs: Places in the first and in the second set of the examples that belong together.
+
+    Returns:
+        One stratum of pairs and one of each set's others, where there are any.
+    """
+    strata = []
+    paired: list[np.ndarray] = [np.empty(0, np.int64) for _ in sizes]
+    if pairs is not None and len(pairs[0]):
+        if len(sizes) != 2 or len(pairs[0]) != len(pairs[1]):
+            raise ValueError("pairs are of two sets, one place in each")
+        paired = [np.asarray(places) for places in pairs]
+        strata.append(Stratum(tuple(paired)))
+    for k, size in enumerate(sizes):
+        others = np.setdiff1d(np.arange(size), paired[k])
+        if len(others):
+            strata.append(Stratum(tuple(others if j == k else None for j in range(len(sizes)))))
+    return tuple(strata)
+
+
+def refusal(sizes: Sequence[int], strata: Sequence[Stratum]) -> str | None:
+    """Why these sets allow no interval, or None.
+
+    | case | interval |
+    |---|---|
+    | a set with fewer than 2 examples | none: nothing is known of how examples vary |
+    | one unit alone in its stratum, its set has 20 examples or more | yes: that one is held fixed |
+    | the same in a smaller set | none |
+
+    One of n examples held fixed makes the interval narrower by a fraction of 1/(2n), 1/40 at most.
+    """
+    if min(sizes) < 2:
+        return "no interval: a set has fewer than 2 examples"
+    for stratum in strata:
+        for places, size in zip(stratum.members, sizes, strict=True):
+            if places is not None and stratum.size == 1 and size < _FEW_EXAMPLES:
+                return "no interval: a single example with or without partner cannot be resampled"
+    return None
+
+
+def caution(sizes: Sequence[int]) -> str | None:
+    """What must be said of an interval from few examples, or None."""
+    if min(sizes) >= _FEW_EXAMPLES:
+        return None
+    return f"only {min(sizes)} examples in a set: the interval tends to be too narrow"
+
+
+def resample_weights(
+    sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1.
+
+    The same sizes, strata and seed give the same weights.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, min(num_resamples, _BLOCK_VALUES // sum(sizes)))
+    for start in range(0, num_resamples, block):
+        rows = min(block, num_resamples - start)
+        weights = tuple(np.zeros((rows, size)) for size in sizes)
+        for stratum in strata:
+            drawn = rng.integers(0, stratum.size, (rows, stratum.size))
+            drawn += stratum.size * np.arange(rows)[:, None]
+            count = np.bincount(drawn.ravel(), minlength=rows * stratum.size)
+            for k, places in enumerate(stratum.members):
+                if places is not None:
+                    weights[k][:, places] = count.reshape(rows, -1) / sizes[k]
+        yield weights
+
+
+def check_resampling(level: float, num_resamples: int) -> None:
+    """Refuses a level or a number of resamples that gives no meaningful interval."""
+    if not 0 < level < 1:
+        raise UserError(f"level is {level}: give a coverage between 0 and 1, like 0.95.")
+    if num_resamples < 100:
+        raise UserError(f"num_resamples is {num_resamples}: give 100 or more.")
+
+
+def joined(*notes: str | None) -> str | None:
+    """Notes as one text; None when there is none."""
+    return "; ".join(dict.fromkeys(note for note in notes if note)) or None
