@@ -282,6 +282,11 @@ def test_weights_with_other_bytes_are_told_in_one_line(damaged):
         ({"parameters": []}, "has no parameters"),
         ({"source": "x"}, "has no source"),
         ({"parameters": {}}, "its parameters are not those of its config"),
+        (
+            {"parameters": {"embedding": {"shape": [2]}}},
+            "its parameters are not described: 'dtype'",
+        ),
+        ({"parameters": {"embedding": 3}}, "its parameters are not described"),
     ],
 )
 def test_a_description_that_does_not_fit_is_told(damaged, change, told):

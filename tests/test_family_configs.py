@@ -207,10 +207,15 @@ def test_what_a_family_does_not_know_is_named(model, changes, told):
         ({"long_factor": [0.0] * 48}, "rope_scaling.long_factor is "),
         ({"type": "yarn"}, "rope_scaling.type is 'yarn'"),
         ({"mscale": 1.0}, "rope_scaling.mscale = 1.0 is not known"),
+        ({"type": ["longrope"]}, "rope_scaling.type is ['longrope'], not one of"),
     ],
 )
 def test_a_longrope_not_understood_is_named(changes, told):
     assert told in refusal(PHI4 | {"rope_scaling": PHI4["rope_scaling"] | changes})
+
+
+def test_a_longrope_that_stretches_one_position_is_refused():
+    assert "is 1, which no stretch" in refusal(PHI4 | {"original_max_position_embeddings": 1})
 
 
 def test_a_longrope_takes_its_magnitude_from_the_stretch():

@@ -24,7 +24,7 @@ from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.models.families import Family, read_config
 from jaxgrad.models.fill import parameter_shapes
-from jaxgrad.models.sources import read_json_object
+from jaxgrad.models.sources import FLOATS, read_json_object
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "jaxgrad_checkpoint.json", "weights", "tokenizer"
@@ -84,12 +84,18 @@ class SavedDecoder:
     def read_config(self) -> tuple[Family, DecoderConfig]:
         """Family and config; checks that the arrays are those which the config asks for."""
         family, config = read_config(self._description["config"], f"{self.where}/{DESCRIPTION}")
-        saved = {
-            name: tuple(entry["shape"]) for name, entry in self._description["parameters"].items()
-        }
-        if saved != parameter_shapes(config):
+        try:
+            saved = {name: tuple(entry["shape"]) for name, entry in self._parameters.items()}
+            dtypes = {entry["dtype"] for entry in self._parameters.values()}
+        except (KeyError, TypeError) as error:
+            raise self._damaged(f"its parameters are not described: {error}") from error
+        if saved != parameter_shapes(config) or not dtypes <= set(FLOATS.values()):
             raise self._damaged("its parameters are not those of its config")
         return family, config
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        return self._description["parameters"]
 
     def restore(self, config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
         """The decoder, its arrays read by Orbax straight onto the device.
@@ -119,7 +125,7 @@ class SavedDecoder:
                 global_shape=tuple(entry["shape"]),
                 dtype=np.dtype(dtype or entry["dtype"]),
             )
-            for name, entry in self._description["parameters"].items()
+            for name, entry in self._parameters.items()
         }
         try:
             largest = max(math.prod(w.global_shape) * w.dtype.itemsize for w in wanted.values())

@@ -101,10 +101,7 @@ def _read(
     if old_name is not None and new_name is not None:
         rope.require("type", new_name)
     key = "type" if new_name is None and old_name is not None else "rope_type"
-    if rope.get(key, None) in ALIASES:
-        kind = ALIASES[rope.get(key)]
-    else:
-        kind = rope.choose(key, ROPE_KINDS, "default")
+    kind = rope.choose(key, ROPE_KINDS | ALIASES, "default")
     fields["kind"] = kind
     if kind in ("linear", "llama3"):
         fields["factor"] = rope.number("factor")
@@ -129,6 +126,9 @@ def _longrope_fields(whole: Attributes, rope: Attributes, max_positions: int) ->
     inner = rope.count("original_max_position_embeddings", max_positions)
     original = whole.count("original_max_position_embeddings", inner)
     stretch = rope.number("factor", max_positions / original)
+    if original == 1 and stretch > 1:
+        whole.problem("original_max_position_embeddings is 1, which no stretch is relative to")
+        stretch = 1.0
     magnitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return {
         "original_length": original,
