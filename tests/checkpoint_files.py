@@ -12,12 +12,12 @@ import gguf_files
 import numpy as np
 import pytest
 import tiny_models
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxgrad
 from jaxgrad.errors import UserError
 from jaxgrad.models import LoadedModel, open_checkpoint
+from jaxgrad.models.decoder import named_parameters
 
 UNTIED = tiny_models.Tiny(4, 2, tied=False)
 TIED = tiny_models.Tiny(4, 2, tied=True)
@@ -167,10 +167,7 @@ def load(path: Path, dtype: str = "float32") -> LoadedModel:
 
 
 def parameters(model: LoadedModel) -> dict[str, np.ndarray]:
-    return {
-        ".".join(map(str, path)): np.asarray(leaf.get_value())
-        for path, leaf in nnx.to_flat_state(model.state)
-    }
+    return {name: np.asarray(value) for name, value in named_parameters(model.state).items()}
 
 
 def assert_same_parameters(one: LoadedModel, other: LoadedModel) -> None:

@@ -11,7 +11,16 @@ import family_models
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_files import K_PROJ, UNTIED, files_of, write_json, write_model
+from checkpoint_files import (
+    K_PROJ,
+    UNTIED,
+    assert_same_parameters,
+    files_of,
+    load,
+    parameters,
+    write_json,
+    write_model,
+)
 from flax import nnx
 
 import jaxgrad
@@ -48,18 +57,10 @@ def load_refusal(directory):
     return message
 
 
-def parameters(path, dtype):
-    model = jaxgrad.load_model(str(path), dtype=dtype)
-    flat = nnx.to_flat_state(model.state)
-    return {".".join(map(str, place)): np.asarray(leaf.get_value()) for place, leaf in flat}
-
-
-def assert_same_parameters(one, other, dtype):
-    ours, theirs = parameters(one, dtype), parameters(other, dtype)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype == dtype
-        assert ours[name].tobytes() == theirs[name].tobytes(), name
+def assert_same_model(one, other, dtype):
+    ours, theirs = load(one, dtype), load(other, dtype)
+    assert_same_parameters(ours, theirs)
+    assert {values.dtype.name for values in parameters(ours).values()} == {dtype}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_every_dtype_comes_back_bit_by_bit(tmp_path, stored, dtype):
     weights = {name: values.astype(stored) for name, values in files_of().weights.items()}
     model = write_model(tmp_path / "m", weights=weights)
     quietly(model, tmp_path / "d")
-    assert_same_parameters(model, tmp_path / "d", dtype)
+    assert_same_model(model, tmp_path / "d", dtype)
     described = json.loads((tmp_path / "d" / DESCRIPTION).read_text())
     kinds = {entry["dtype"] for entry in described["parameters"].values()}
     assert kinds == {np.dtype(stored).name}
@@ -104,20 +105,20 @@ def test_layers_of_different_dtypes_are_kept_in_one_that_holds_them_all(tmp_path
         weights[name] = weights[name].astype(kind)
     model = write_model(tmp_path / "m", weights=weights)
     quietly(model, tmp_path / "d")
-    assert_same_parameters(model, tmp_path / "d", "float32")
+    assert_same_model(model, tmp_path / "d", "float32")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_layout_comes_back_bit_by_bit(tmp_path, name):
     model = family_models.save_model(family_models.MODELS[name], tmp_path / "m")
     quietly(model, tmp_path / "d")
-    assert_same_parameters(model, tmp_path / "d", "float32")
+    assert_same_model(model, tmp_path / "d", "float32")
 
 
 def test_a_gguf_file_comes_back_with_its_tokenizer(tmp_path):
     file = checkpoint_files.write_gguf(tmp_path / "m.gguf")
     quietly(file, tmp_path / "d")
-    assert_same_parameters(file, tmp_path / "d", "float32")
+    assert_same_model(file, tmp_path / "d", "float32")
     ours, theirs = (jaxgrad.load_model(str(p)).tokenizer for p in (tmp_path / "d", file))
     text = "<s> naïve  cafés\n\t12345 🚂</s><defined>"
     assert ours.encode(text) == theirs.encode(text)
@@ -184,7 +185,7 @@ def test_a_directory_with_anything_in_it_is_refused(source, tmp_path):
 def test_an_empty_directory_will_do(source, tmp_path):
     (tmp_path / "d").mkdir()
     quietly(source, tmp_path / "d")
-    assert_same_parameters(source, tmp_path / "d", "float32")
+    assert_same_model(source, tmp_path / "d", "float32")
 
 
 def test_a_converted_checkpoint_is_not_converted_again(whole, tmp_path):
@@ -202,7 +203,7 @@ def test_what_an_interrupted_conversion_left_is_replaced(source, tmp_path, monke
     assert not (tmp_path / "d").exists() and (tmp_path / "d.partial" / "weights").is_dir()
     quietly(source, tmp_path / "d")
     assert not (tmp_path / "d.partial").exists()
-    assert_same_parameters(source, tmp_path / "d", "float32")
+    assert_same_model(source, tmp_path / "d", "float32")
 
 
 def test_a_full_disk_is_told_before_anything_is_read(source, tmp_path, monkeypatch):

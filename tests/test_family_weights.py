@@ -8,12 +8,10 @@ from pathlib import Path
 import family_models
 import numpy as np
 import pytest
-from checkpoint_files import write_json
-from flax import nnx
+from checkpoint_files import assert_same_parameters, load, refusal, write_json
 from safetensors.numpy import load_file, save_file
 
-from jaxgrad.errors import UserError
-from jaxgrad.models import load_model, open_checkpoint
+from jaxgrad.models import open_checkpoint
 from jaxgrad.models.families import FAMILIES, Key
 from jaxgrad.models.fill import wanted_weights
 
@@ -45,13 +43,6 @@ def write(directory, model_type, weights, **config):
     return str(directory)
 
 
-def refusal(path):
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def layer_weights(model_type):
     """The names that the files have of the middle layer's weights, the decoder's only."""
     family = FAMILIES[model_type]
@@ -62,16 +53,10 @@ def layer_weights(model_type):
     ]
 
 
-def parameters(path):
-    state = load_model(path).state
-    return {".".join(map(str, p)): np.asarray(x.get_value()) for p, x in nnx.to_flat_state(state)}
-
-
 def assert_same_model(one, other):
-    ours, theirs = parameters(one), parameters(other)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
-    assert load_model(one).fingerprint == load_model(other).fingerprint
+    ours, theirs = load(one), load(other)
+    assert_same_parameters(ours, theirs)
+    assert ours.fingerprint == theirs.fingerprint
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

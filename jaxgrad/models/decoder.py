@@ -6,7 +6,7 @@ A forward pass takes one example; batches are `jax.vmap`'s job. Every linear map
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -257,6 +257,18 @@ class Decoder(nnx.Module):
 def abstract_decoder(config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
     """The decoder's structure and the shapes of its weights, without allocating any."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
+
+
+def named_parameters(state: nnx.State) -> dict[str, Any]:
+    """A decoder's parameters (arrays, or shapes) by name, "layers.attention.q.weight"."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def with_parameters(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """A decoder's state with other arrays, by the names of `named_parameters`."""
+    flat = nnx.to_flat_state(state)
+    filled = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in flat]
+    return nnx.from_flat_state(filled)
 
 
 def num_parameters(config: DecoderConfig) -> int:

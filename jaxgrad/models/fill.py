@@ -6,6 +6,7 @@ or one block of a larger one.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxgrad.models.families import Family, Key, expand_layers
 from jaxgrad.models.sources import Fingerprint, WeightSource, row_blocks
 
@@ -84,11 +85,13 @@ class CanonicalSource:
         return self._source.read_blocks(self._names[name])
 
 
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The decoder's parameters, "layers.attention.q.weight", stacked over layers."""
+@functools.lru_cache(
+    maxsize=16
+)  # opening, checking and loading all ask, and each answer is a trace
+def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the decoder's parameters, "layers.attention.q.weight", stacked over layers."""
     _, abstract = abstract_decoder(config, jnp.float32)
-    flat = nnx.to_flat_state(abstract)
-    return {".".join(map(str, path)): leaf.get_value().shape for path, leaf in flat}
+    return {name: value.shape for name, value in named_parameters(abstract).items()}
 
 
 def wanted_weights(config: DecoderConfig, family: Family) -> dict[str, Weight]:
@@ -112,7 +115,6 @@ def wanted_weights(config: DecoderConfig, family: Family) -> dict[str, Weight]:
 
 def check_weights(config: DecoderConfig, family: Family, source: WeightSource) -> None:
     """Raise one `UserError` for all weights that do not fit, before any is read."""
-    source = CanonicalSource(source, family)
     shapes = source.shapes()
     if config.num_layers > len(shapes):
         raise UserError(
@@ -154,7 +156,6 @@ def stored_dtypes(
     config: DecoderConfig, family: Family, source: WeightSource
 ) -> dict[str, np.dtype]:
     """Each parameter's dtype in the files; where its layers differ, the one that holds them all."""
-    source = CanonicalSource(source, family)
     dtypes: dict[str, np.dtype] = {}
     for name, weight in wanted_weights(config, family).items():
         dtype = source.dtype(name)
@@ -179,17 +180,25 @@ class Part(NamedTuple):
     values: np.ndarray
 
 
+class Block(NamedTuple):
+    """Values of a weight of the files, of which `shape` is the whole, and the parts in them."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: np.ndarray
+    parts: list[Part]
+
+
 def read_parts(
     config: DecoderConfig, family: Family, source: WeightSource, *, progress: bool, label: str
-) -> Iterator[tuple[str, np.ndarray, list[Part]]]:
-    """Every weight in the order of the files, in blocks: its name, the values, the parts in them.
+) -> Iterator[Block]:
+    """Every weight in the order of the files, in blocks.
 
     A weight that holds several parameters, or lies transposed, is one block.
 
     Raises:
         UserError: a weight cannot be read.
     """
-    source = CanonicalSource(source, family)
     wanted = wanted_weights(config, family)
     names = [name for name in source.shapes() if name in wanted]
     total = sum(math.prod(wanted[name].shape) * source.dtype(name).itemsize for name in names)
@@ -197,19 +206,17 @@ def read_parts(
         for name in names:
             weight, row = wanted[name], 0
             if weight.key.is_plain:
-                for block in source.read_blocks(name):
-                    yield name, block, [Part(weight.parameters[0], weight.layer, row, block)]
-                    row += len(block)
-                    bar.update(block.nbytes)
+                for values in source.read_blocks(name):
+                    part = Part(weight.parameters[0], weight.layer, row, values)
+                    yield Block(name, weight.shape, values, [part])
+                    row += len(values)
+                    bar.update(values.nbytes)
                 continue
             values = source.read(name)
             split = weight.key.split(values, weight.sizes, config.num_heads)
             pairs = zip(weight.parameters, split, strict=True)
-            yield (
-                name,
-                values,
-                [Part(parameter, weight.layer, 0, part) for parameter, part in pairs],
-            )
+            parts = [Part(parameter, weight.layer, 0, part) for parameter, part in pairs]
+            yield Block(name, weight.shape, values, parts)
             bar.update(values.nbytes)
 
 
@@ -241,26 +248,18 @@ def fill_decoder(
     check_weights(config, family, source)
     stored = stored_dtypes(config, family, source) if dtype is None else {}
     graphdef, abstract = abstract_decoder(config, dtype or np.float32)
-    flat = nnx.to_flat_state(abstract)
-    names = [".".join(map(str, path)) for path, _ in flat]
     arrays = {
-        name: jnp.zeros(leaf.get_value().shape, stored.get(name, dtype))
-        for name, (_, leaf) in zip(names, flat, strict=True)
+        name: jnp.zeros(value.shape, stored.get(name, dtype))
+        for name, value in named_parameters(abstract).items()
     }
     fingerprint = Fingerprint()
-    shapes = {name: weight.shape for name, weight in wanted_weights(config, family).items()}
-    for name, values, parts in read_parts(
-        config, family, source, progress=progress, label="weights"
-    ):
-        fingerprint.add(name, shapes[name], values)
-        for part in parts:
+    for block in read_parts(config, family, source, progress=progress, label="weights"):
+        fingerprint.add(block.name, block.shape, block.values)
+        for part in block.parts:
             arrays[part.parameter] = _write(arrays[part.parameter], part)
     if config.tied_embeddings:
-        _check_tied_head(family, CanonicalSource(source, family), arrays["embedding"])
-    filled = [
-        (path, leaf.replace(arrays[name])) for name, (path, leaf) in zip(names, flat, strict=True)
-    ]
-    return graphdef, nnx.from_flat_state(filled), fingerprint.hexdigest()
+        _check_tied_head(family, source, arrays["embedding"])
+    return graphdef, with_parameters(abstract, arrays), fingerprint.hexdigest()
 
 
 def compare_with_source(
@@ -282,15 +281,15 @@ def compare_with_source(
         where: their place, for the message.
         progress: show a bar on stderr.
     """
-    arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    for name, _, parts in read_parts(config, family, source, progress=progress, label="compared"):
-        for part in parts:
+    arrays = named_parameters(state)
+    for block in read_parts(config, family, source, progress=progress, label="compared"):
+        for part in block.parts:
             array = arrays[part.parameter]
             layer = array if part.layer is None else array[part.layer]
             written = np.asarray(layer[part.row : part.row + len(part.values)])
             if written.tobytes() != part.values.astype(array.dtype).tobytes():
                 raise UserError(
-                    f"{where}: {name} did not come back as it was written; the disk or the memory "
+                    f"{where}: {block.name} did not come back as it was written; the disk or the memory "
                     "is at fault: try again elsewhere"
                 )
 

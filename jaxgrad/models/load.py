@@ -12,7 +12,7 @@ from jaxgrad.dtypes import DTYPES
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.families import Family, read_config
-from jaxgrad.models.fill import check_weights, fill_decoder
+from jaxgrad.models.fill import CanonicalSource, check_weights, fill_decoder
 from jaxgrad.models.gguf_source import GgufFile
 from jaxgrad.models.gguf_tokenizer import tokenizer_from_gguf
 from jaxgrad.models.places import resolve_model
@@ -103,7 +103,7 @@ def open_checkpoint(model_path: str | None = None) -> Checkpoint:
     """
     place = resolve_model(model_path)
     path, files = place.path, [place.path]
-    source: GgufFile | SafetensorsDirectory | SavedDecoder
+    source: GgufFile | CanonicalSource | SavedDecoder
     # What is cheap to find wrong comes first: the config, the weights' names, then the tokenizer.
     if path.is_file():
         source = GgufFile(path)
@@ -119,7 +119,7 @@ def open_checkpoint(model_path: str | None = None) -> Checkpoint:
     else:
         raw = read_model_config(path)
         family, config = read_config(raw, f"{path}/config.json")
-        source = SafetensorsDirectory(path)
+        source = CanonicalSource(SafetensorsDirectory(path), family)
         check_weights(config, family, source)
         tokenizer = tokenizer_from_directory(path)
     if path.is_dir():

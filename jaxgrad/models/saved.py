@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxgrad.models.families import Family, read_config
 from jaxgrad.models.fill import parameter_shapes
 from jaxgrad.models.sources import FLOATS, read_json_object
@@ -108,14 +108,7 @@ class SavedDecoder:
             UserError: Orbax cannot read them.
         """
         graphdef, abstract = abstract_decoder(config, dtype or np.float32)
-        flat = nnx.to_flat_state(abstract)
-        names = [".".join(map(str, path)) for path, _ in flat]
-        arrays = self._restore_arrays(dtype)
-        filled = [
-            (path, leaf.replace(arrays[name]))
-            for name, (path, leaf) in zip(names, flat, strict=True)
-        ]
-        return graphdef, nnx.from_flat_state(filled)
+        return graphdef, with_parameters(abstract, self._restore_arrays(dtype))
 
     def _restore_arrays(self, dtype: Any) -> dict[str, jax.Array]:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -189,7 +182,7 @@ def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]
     Raises:
         UserError: Orbax cannot write them.
     """
-    arrays = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    arrays = named_parameters(state)
     options = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     with _checkpointer(max(array.nbytes for array in arrays.values())) as checkpointer:
         # TensorStore holds a data file in memory until it has its size.

@@ -86,8 +86,8 @@ def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
         "attn_implementation": "eager",
         "local_files_only": True,
     }
-    if path.is_file() and not _transformers_reads(GgufFile(path)):
-        model = _build_from_gguf(GgufFile(path))
+    if path.is_file() and not _transformers_reads(file := GgufFile(path)):
+        model = _build_from_gguf(file)
         if dtype == "float64":
             _to_double(model)
         return model

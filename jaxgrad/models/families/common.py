@@ -60,6 +60,12 @@ def read_sizes(
     return fields
 
 
+def read_attention_bias(attributes: Attributes, default: bool = False) -> dict[str, bool]:
+    """The fields for `attention_bias`, which is one switch for q, k, v and o."""
+    bias = attributes.switch("attention_bias", default)
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
 def check_heads(attributes: Attributes, width: int, num_heads: int) -> None:
     """Note it where the heads do not share the width evenly."""
     if attributes.sound and width % num_heads:

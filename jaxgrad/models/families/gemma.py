@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from jaxgrad.models.config import AttentionKind
 from jaxgrad.models.families.attributes import IRRELEVANT, Attributes
 from jaxgrad.models.families.common import (
@@ -10,6 +12,7 @@ from jaxgrad.models.families.common import (
     ROTARY_BUFFERS,
     by_layer,
     llama_keys,
+    read_attention_bias,
     read_sizes,
     read_windows,
 )
@@ -27,16 +30,11 @@ GEMMA3_DEFAULTS = {
 
 
 def _read_shared(attributes: Attributes, kv_heads: int, activation: str) -> dict[str, Any]:
-    bias = attributes.switch("attention_bias", False)
     fields = read_sizes(
         attributes, kv_heads=kv_heads, head_size=256, activation=activation, tied=True
     )
-    return fields | {
-        "norm": "rms_plus_one",
-        "embedding_scale": math.sqrt(fields["width"]),
-        "qkv_bias": bias,
-        "output_bias": bias,
-    }
+    fields |= {"norm": "rms_plus_one", "embedding_scale": math.sqrt(fields["width"])}
+    return fields | read_attention_bias(attributes)
 
 
 def read_gemma(attributes: Attributes) -> dict[str, Any]:
@@ -101,8 +99,6 @@ def read_gemma3(attributes: Attributes) -> dict[str, Any]:
     outer = ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
     for name in (*outer, "vision_config", "tie_word_embeddings"):
         attributes.get(name, None)
-    from transformers import CONFIG_MAPPING
-
     neutral = CONFIG_MAPPING["gemma3_text"]().to_dict()
     text = attributes.part("text_config", neutral, IRRELEVANT)
     text.set_defaults(GEMMA3_DEFAULTS)

@@ -10,6 +10,7 @@ from jaxgrad.models.families.common import (
     by_layer,
     check_heads,
     plain_keys,
+    read_attention_bias,
 )
 from jaxgrad.models.families.family import Family, Key
 from jaxgrad.models.families.rope import read_rope
@@ -25,7 +26,6 @@ def read_gpt_neox(attributes: Attributes) -> dict[str, Any]:
     num_heads = attributes.count("num_attention_heads")
     check_heads(attributes, width, num_heads)
     attributes.require("num_key_value_heads", num_heads)
-    bias = attributes.switch("attention_bias", True)
     fields = GPT_FIELDS | {
         "width": width,
         "num_heads": num_heads,
@@ -39,8 +39,7 @@ def read_gpt_neox(attributes: Attributes) -> dict[str, Any]:
         "norm_epsilon": attributes.number("layer_norm_eps"),
         "tied_embeddings": attributes.switch("tie_word_embeddings", False),
         "parallel_residual": attributes.switch("use_parallel_residual", True),
-        "qkv_bias": bias,
-        "output_bias": bias,
+        **read_attention_bias(attributes, default=True),
     }
     rope = read_rope(
         attributes,

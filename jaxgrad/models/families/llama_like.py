@@ -9,6 +9,7 @@ from jaxgrad.models.families.common import (
     ROTARY_BUFFERS,
     by_layer,
     llama_keys,
+    read_attention_bias,
     read_sizes,
     read_windows,
 )
@@ -25,6 +26,12 @@ def _one_kind(
     return by_layer([kind] * fields["num_layers"])
 
 
+def _switched_window(attributes: Attributes, default: int | None) -> int | None:
+    """The window, which counts only where it is switched on."""
+    window = attributes.optional_count("sliding_window", default)
+    return window if attributes.switch("use_sliding_window", False) else None
+
+
 def read_llama(attributes: Attributes) -> dict[str, Any]:
     """Llama 2, 3, 3.1, 3.2 and everything that ships as LlamaForCausalLM (SmolLM2)."""
     # Tensor-parallel slicing of the training code; the sum over slices is the plain product.
@@ -32,9 +39,7 @@ def read_llama(attributes: Attributes) -> dict[str, Any]:
     # What nanotron writes into SmolLM2's: half-rotation, as everybody else's.
     attributes.require("rope_interleaved", False)
     attributes.require("is_llama_config", True)
-    fields = read_sizes(attributes)
-    bias = attributes.switch("attention_bias", False)
-    fields |= {"qkv_bias": bias, "output_bias": bias}
+    fields = read_sizes(attributes) | read_attention_bias(attributes)
     fields["mlp_bias"] = attributes.switch("mlp_bias", False)
     return fields | _one_kind(attributes, fields)
 
@@ -54,18 +59,15 @@ def read_qwen2(attributes: Attributes) -> dict[str, Any]:
 
 def read_qwen3(attributes: Attributes) -> dict[str, Any]:
     """Qwen3: queries and keys are normed by head."""
-    bias = attributes.switch("attention_bias", False)
-    fields = read_sizes(attributes, kv_heads=32, head_size=128)
-    fields |= {"qk_norm": "head", "qkv_bias": bias, "output_bias": bias}
+    fields = read_sizes(attributes, kv_heads=32, head_size=128) | {"qk_norm": "head"}
+    fields |= read_attention_bias(attributes)
     return fields | _qwen_kinds(attributes, fields)
 
 
 def _qwen_kinds(attributes: Attributes, fields: dict[str, Any]) -> dict[str, Any]:
     attributes.require("use_mrope", False)
     num_layers = fields["num_layers"]
-    window = attributes.optional_count("sliding_window", 4096)
-    if not attributes.switch("use_sliding_window", False):
-        window = None
+    window = _switched_window(attributes, 4096)
     first = attributes.get("max_window_layers", 28)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         attributes.problem(f"max_window_layers is {first!r}, not a whole number")
@@ -109,9 +111,8 @@ def _is_phi3_code(code: Any) -> bool:
 
 def read_olmo2(attributes: Attributes) -> dict[str, Any]:
     """OLMo 2: norms after attention and MLP, and of queries and keys over all heads together."""
-    bias = attributes.switch("attention_bias", False)
-    fields = read_sizes(attributes)
-    fields |= {"qkv_bias": bias, "output_bias": bias, "norm_placement": "after", "qk_norm": "full"}
+    fields = read_sizes(attributes) | read_attention_bias(attributes)
+    fields |= {"norm_placement": "after", "qk_norm": "full"}
     return fields | _one_kind(attributes, fields)
 
 
@@ -119,18 +120,14 @@ def read_smollm3(attributes: Attributes) -> dict[str, Any]:
     """SmolLM3: every fourth layer has no rope."""
     attributes.get("pretraining_tp", 1)  # as for Llama; the published file says 2
     attributes.get("max_window_layers", None)  # left over from Qwen2, whose class reads it
-    fields = read_sizes(attributes, kv_heads=4, tied=True)
-    bias = attributes.switch("attention_bias", False)
-    fields |= {"qkv_bias": bias, "output_bias": bias}
+    fields = read_sizes(attributes, kv_heads=4, tied=True) | read_attention_bias(attributes)
     fields["mlp_bias"] = attributes.switch("mlp_bias", False)
     num_layers = fields["num_layers"]
     interval = attributes.count("no_rope_layer_interval", 4)
     rotated = attributes.by_layer("no_rope_layers", num_layers, (0, 1))
     if rotated is None:
         rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-    window = attributes.optional_count("sliding_window", None)
-    if not attributes.switch("use_sliding_window", False):
-        window = None
+    window = _switched_window(attributes, None)
     slides = [window is not None and not turns for turns in rotated]
     windows = read_windows(attributes, num_layers, window, slides)
     rope = read_rope(attributes, max_positions=fields["max_positions"], theta=2e6)
@@ -140,11 +137,8 @@ def read_smollm3(attributes: Attributes) -> dict[str, Any]:
 
 def read_granite(attributes: Attributes) -> dict[str, Any]:
     """Granite 3 (dense): multipliers of embedding, attention, residual stream and logits."""
-    fields = read_sizes(attributes)
-    bias = attributes.switch("attention_bias", False)
+    fields = read_sizes(attributes) | read_attention_bias(attributes)
     fields |= {
-        "qkv_bias": bias,
-        "output_bias": bias,
         "mlp_bias": attributes.switch("mlp_bias", False),
         "embedding_scale": attributes.number("embedding_multiplier", 1.0),
         "attention_scale": attributes.number("attention_multiplier", 1.0),
