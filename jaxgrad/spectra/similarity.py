@@ -11,6 +11,7 @@ inside a layer between q and o and between k and v.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -51,21 +52,12 @@ def similarities(
         for name, (input_LTI, grad_LTO) in factors.items()
     }
     grams = {name: _layer_gram(*pair) for name, pair in scaled.items()}
-    found: dict[str, Similarities] = {}
-    for name, gram_LL in grams.items():
-        norm_L = jnp.sqrt(jnp.diagonal(gram_LL))
-        cosines_LL = gram_LL / (norm_L[:, None] * norm_L[None, :])  # 0 / 0 is NaN: undefined
-        partner = PARTNERS.get(name)
-        partner_L = jnp.full_like(norm_L, jnp.nan)
-        if partner in found:
-            partner_L = found[partner].partner_L
-        elif partner in grams and layers[name] == layers[partner]:
-            inner_L = jax.lax.map(
-                lambda operands: _flat_inner(*operands), (*scaled[name], *scaled[partner])
-            )
-            partner_L = inner_L / (norm_L * jnp.sqrt(jnp.diagonal(grams[partner])))
-        found[name] = Similarities(partner_L, cosines_LL)
-    return found
+
+    def inner(name: str, partner: str) -> jax.Array:
+        operands = (*scaled[name], *scaled[partner])
+        return jax.lax.map(lambda layer: _flat_inner(*layer), operands)
+
+    return _cosines(grams, inner, layers)
 
 
 def matrix_similarities(
@@ -76,16 +68,28 @@ def matrix_similarities(
         name: jax.vmap(lambda matrix: _unit_size(matrix).reshape(-1))(matrix_LOI)
         for name, matrix_LOI in matrices.items()
     }
-    found = {}
-    for name, flat_LK in flat.items():
-        norm_L = jnp.linalg.norm(flat_LK, axis=1)
-        gram_LL = jnp.matmul(flat_LK, flat_LK.T, precision=HIGHEST)
-        partner = PARTNERS.get(name)
+    grams = {name: jnp.matmul(x_LK, x_LK.T, precision=HIGHEST) for name, x_LK in flat.items()}
+    return _cosines(grams, lambda name, other: jnp.sum(flat[name] * flat[other], axis=1), layers)
+
+
+def _cosines(
+    grams: dict[str, jax.Array],
+    inner: Callable[[str, str], jax.Array],
+    layers: dict[str, tuple[int, ...]],
+) -> dict[str, Similarities]:
+    """Cosines from each projection's inner products over layers, and from those of two projections.
+
+    0 / 0 is NaN: a cosine with a zero gradient is undefined.
+    """
+    norms = {name: jnp.sqrt(jnp.diagonal(gram_LL)) for name, gram_LL in grams.items()}
+    found: dict[str, Similarities] = {}
+    for name, gram_LL in grams.items():
+        norm_L, partner = norms[name], PARTNERS.get(name)
         partner_L = jnp.full_like(norm_L, jnp.nan)
-        if partner in flat and layers[name] == layers[partner]:
-            other_LK = flat[partner]
-            inner_L = jnp.sum(flat_LK * other_LK, axis=1)
-            partner_L = inner_L / (norm_L * jnp.linalg.norm(other_LK, axis=1))
+        if partner in found:
+            partner_L = found[partner].partner_L
+        elif partner in grams and layers[name] == layers[partner]:
+            partner_L = inner(name, partner) / (norm_L * norms[partner])
         found[name] = Similarities(partner_L, gram_LL / (norm_L[:, None] * norm_L[None, :]))
     return found
 
