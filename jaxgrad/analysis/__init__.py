@@ -12,8 +12,11 @@ To the package's dimension key come, in this stage alone:
     E examples of a set     P projections     R bootstrap resamples (no singular value is in sight)
 """
 
-from jaxgrad.analysis.contrasts import Contrast, Description, Resampling, contrast, describe
+from jaxgrad.analysis.contrasts import Contrast, Description, contrast, describe
 from jaxgrad.analysis.controls import (
+    Leakage,
+    LengthMatch,
+    LengthRegression,
     leakage_contrast,
     length_regression,
     match_response_tokens,
@@ -24,6 +27,7 @@ from jaxgrad.analysis.curves import mean_absolute_difference, segments
 from jaxgrad.analysis.example_set import STATISTICS, ExampleSet, Values, example_set
 from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.pairing import check_comparable, pair_by_instruction
+from jaxgrad.analysis.resampling import Resampling
 from jaxgrad.analysis.separation import chance_smaller, sign_flip_test
 from jaxgrad.analysis.summary import mean_curves, summary_table
 
@@ -33,6 +37,9 @@ __all__ = [
     "Description",
     "ExampleSet",
     "Interval",
+    "Leakage",
+    "LengthMatch",
+    "LengthRegression",
     "Resampling",
     "Values",
     "bootstrap",

@@ -10,26 +10,9 @@ from jaxgrad.analysis import curves
 from jaxgrad.analysis.example_set import ExampleSet, Values
 from jaxgrad.analysis.intervals import Interval, Method, bootstrap, bootstrap_difference
 from jaxgrad.analysis.pairing import Pairs, check_comparable, pair_by_instruction
-from jaxgrad.analysis.resampling import joined
+from jaxgrad.analysis.resampling import Resampling, joined
 from jaxgrad.analysis.separation import SignFlip, chance_smaller, sign_flip_test
 from jaxgrad.errors import UserError
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals and p are made.
-
-    Attributes:
-        level: Nominal coverage of every interval (of one number: no correction for their number).
-        num_resamples: Bootstrap resamples.
-        num_permutations: Sign patterns drawn where there are too many to look at all.
-        seed: The same seed gives the same numbers.
-    """
-
-    level: float = 0.95
-    num_resamples: int = 2000
-    num_permutations: int = 9999
-    seed: int = 0
 
 
 @dataclass(frozen=True)

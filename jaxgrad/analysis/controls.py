@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from jaxgrad.analysis.contrasts import Contrast, Resampling, contrast
+from jaxgrad.analysis.contrasts import Contrast, contrast
 from jaxgrad.analysis.example_set import ExampleSet
 from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.pairing import Pairs, check_comparable, pair_by_instruction
-from jaxgrad.analysis.resampling import joined
+from jaxgrad.analysis.resampling import Resampling, joined
 from jaxgrad.errors import UserError
 
 # Responses within 10 % of each other's length.

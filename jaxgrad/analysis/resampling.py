@@ -19,6 +19,23 @@ _FEW_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
+class Resampling:
+    """How intervals and p are made.
+
+    Attributes:
+        level: Nominal coverage of every interval (of one number: no correction for their number).
+        num_resamples: Bootstrap resamples.
+        num_permutations: Sign patterns drawn where there are too many to look at all.
+        seed: The same seed gives the same numbers.
+    """
+
+    level: float = 0.95
+    num_resamples: int = 2000
+    num_permutations: int = 9999
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Stratum:
     """Units that are drawn among themselves: `members[k]` are their places in set k, or None.
 

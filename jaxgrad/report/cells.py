@@ -1,0 +1,149 @@
+"""What a report is made of: runs, each with the part that it plays in a study."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgrad.analysis import ExampleSet, example_set
+from jaxgrad.analysis.similarity import Similarity, mean_similarity
+from jaxgrad.errors import UserError
+from jaxgrad.results import Results, read_authors_jsonl, read_results
+
+CORRECT, IRRELEVANT = RESPONSES = ("correct", "irrelevant")
+
+
+@dataclass(frozen=True)
+class Role:
+    """The part of a run in a study.
+
+    Attributes:
+        model: The model's name.
+        data: The data set's name ("AQuA"); may be empty where there is only one.
+        setting: What is varied within the data set: "none", "simplified", "detailed"; "popular".
+        response: "correct", or "irrelevant": answers shuffled over the instructions.
+    """
+
+    model: str
+    data: str
+    setting: str
+    response: str = CORRECT
+
+    @property
+    def title(self) -> str:
+        """For headings and legends: "AQuA, none, irrelevant"."""
+        return ", ".join(part for part in (self.data, self.setting) if part) + (
+            f", {self.response}" if self.response != CORRECT else ""
+        )
+
+    @property
+    def stem(self) -> str:
+        """For file and directory names: "aqua.none.irrelevant", without the model."""
+        return ".".join(
+            file_stem(part) for part in (self.data, self.setting, self.response) if part
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that a report is made of.
+
+    Attributes:
+        role: Its part.
+        path: Where it was read from.
+        examples: Its usable examples.
+        similarity: Its mean cosines, None where they were not measured.
+    """
+
+    role: Role
+    path: Path
+    examples: ExampleSet
+    similarity: Similarity | None
+
+
+def file_stem(name: str) -> str:
+    """A name as part of a file's: letters, digits, '-' and '_'; the rest becomes '-'.
+
+    Raises:
+        UserError: Nothing is left of it.
+    """
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name.lower())
+    if not stem.strip("-"):
+        raise UserError(
+            f"The name {name!r} has no letter or digit, so no file can be named after it."
+        )
+    return stem.strip("-")
+
+
+def parse_label(label: str) -> tuple[str | None, Role]:
+    """A label of `bin/report --runs` as a role.
+
+    | label | data set, setting, response |
+    |---|---|
+    | none | "", none, correct |
+    | AQuA/none | AQuA, none, correct |
+    | AQuA/none/irrelevant | as it says |
+    | MODEL/AQuA/none/irrelevant | as it says, of a model named so |
+
+    Returns:
+        The model's name, None where the label has none; and the role, its model empty.
+
+    Raises:
+        UserError: An empty part, more than four of them, or another response.
+    """
+    parts = [part.strip() for part in label.split("/")]
+    if not all(parts) or len(parts) > 4:
+        raise UserError(
+            f"The label {label!r} is none of SETTING, SET/SETTING, SET/SETTING/RESPONSE and "
+            "MODEL/SET/SETTING/RESPONSE."
+        )
+    model = parts.pop(0) if len(parts) == 4 else None
+    response = parts.pop() if len(parts) == 3 else CORRECT
+    if response not in RESPONSES:
+        raise UserError(
+            f"The label {label!r} has the response {response!r}: give {' or '.join(RESPONSES)}."
+        )
+    data, setting = parts if len(parts) == 2 else ("", parts[0])
+    return model, Role("", data, setting, response)
+
+
+def read_run(path: str | Path) -> Results:
+    """A run's directory, or a file in the authors' form.
+
+    Raises:
+        UserError: Neither is there, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Give a run's directory or the authors' JSONL.")
+    return read_results(path) if path.is_dir() else read_authors_jsonl(path)
+
+
+def model_name(results: Results) -> str:
+    """The model that a run names; "unknown model" where it does not (the authors' files)."""
+    sessions = results.run.get("sessions")
+    return str(sessions[-1]["info"]["model"]) if sessions else "unknown model"
+
+
+def read_cell(role: Role, path: str | Path) -> Cell:
+    """A run with its role; its tables are reduced to arrays and dropped.
+
+    Raises:
+        UserError: As `read_run` and `example_set`.
+    """
+    results = read_run(path)
+    if not role.model:
+        role = Role(model_name(results), role.data, role.setting, role.response)
+    examples = example_set(results, f"{role.model}, {role.title}")
+    return Cell(role, Path(path), examples, mean_similarity(results, examples))
+
+
+def check_distinct(roles: list[Role]) -> None:
+    """Refuses two runs with the same part.
+
+    Raises:
+        UserError: They are named.
+    """
+    for place, role in enumerate(roles):
+        if role in roles[:place]:
+            raise UserError(
+                f"Two runs are called {role.model}, {role.title}: give each its own label."
+            )
