@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from jaxgrad.analysis.example_set import ExampleSet
-from jaxgrad.analysis.intervals import Interval, bootstrap
+from jaxgrad.analysis.intervals import Interval
 from jaxgrad.analysis.resampling import Resampling
 from jaxgrad.results.read import Results
 
