@@ -1,6 +1,7 @@
 """Wires a report: cells -> comparisons -> tables, findings, figures and the page, into a directory."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,23 @@ def write_report(
     except OSError as error:
         raise UserError(f"Cannot write the report to {output_dir}: {error.strerror}.") from error
     return output_dir / PAGE
+
+
+def read_y_limits(text: str) -> YLimits:
+    """Takes "shared", "free" or "LOW,HIGH" to what `write_figures` takes.
+
+    Raises:
+        UserError: None of them.
+    """
+    if text in ("shared", "free"):
+        return text  # type: ignore[return-value]
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"--y_limits: {text!r} is none of shared, free and LOW,HIGH")
+    return low, high
 
 
 def _write_files(study: Study, directory: Path, y_limits: YLimits, progress: bool) -> None:

@@ -1,5 +1,6 @@
 """What a study shows, in words: each sentence is made of the numbers of its tables."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ from jaxgrad.analysis import Contrast, Interval
 from jaxgrad.analysis.curves import mad
 from jaxgrad.report.cells import CORRECT
 from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison, Study
+from jaxgrad.report.style import STATISTIC_NAMES
 from jaxgrad.report.tables import Form, written
 from jaxgrad.report.verdicts import Verdict, direction, verdict_of
 
@@ -193,8 +195,38 @@ def _limits(study: Study) -> Finding:
             f"{len(small)} of {len(study.cells)} runs have fewer than 20 examples: their intervals are "
             "known to be too narrow, and with one example there is none."
         )
+    sentences += _missing(study)
     sentences += [f"Not there: {what}: {why}" for what, why in study.unavailable.items()]
     return Finding("What limits all of it", tuple(sentences), "information")
+
+
+def _missing(study: Study) -> list[str]:
+    """What could not be computed and what limits an interval, each reason once with its number."""
+    names = {name: found.title for name, found in STATISTIC_NAMES.items()}
+    sentences = []
+    for what, parts in (("runs", study.curves), ("comparisons", study.comparisons)):
+        found = Counter((name, _shape(why)) for part in parts for name, why in part.missing.items())
+        sentences += [
+            f"{names.get(name, name)} is missing in {count} of {len(parts)} {what}: {why}"
+            for (name, why), count in found.items()
+        ]
+    notes = Counter(
+        note for c in study.comparisons for note in _notes(c.contrasts.get(NORM)) if note
+    )
+    sentences += [
+        f"In {count} of {len(study.comparisons)} comparisons of the nuclear norm: {note}."
+        for note, count in notes.items()
+    ]
+    return sentences
+
+
+def _shape(why: str) -> str:
+    """A reason without the run that it is about: "LABEL: loss was not measured"."""
+    return why.split(": ", 1)[-1]
+
+
+def _notes(contrast: Contrast | None) -> list[str]:
+    return contrast.note.split("; ") if contrast is not None and contrast.note else []
 
 
 def _where(c: Comparison) -> str:

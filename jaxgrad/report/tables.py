@@ -108,9 +108,9 @@ def written(value: float, form: Form = "number") -> str:
         return f"{100 * value:.1f} %"
     if form == "p":
         return f"{value:.3f}" if value >= 0.001 else f"{value:.2g}"
-    if value == 0 or 1e-3 <= abs(value) < 1e3:
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
         return f"{value:#.3g}".rstrip(".")
-    if 1e3 <= abs(value) < 1e6:
+    if 999.5 <= abs(value) < 1e6:
         return f"{value:.0f}"
     return f"{value:.2e}"
 
