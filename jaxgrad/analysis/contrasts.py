@@ -66,6 +66,7 @@ class Contrast:
         first, second: The values that are compared.
         pairs: Examples that belong together.
         difference_P: Mean of the second minus mean of the first, each over layers and examples.
+        ratio_P: The one over the other; NaN where the first's is zero.
         rd_LP: RD, signed, by layer.
         mean_absolute_rd_P: RD, absolute, averaged over layers; "debiased" interval.
         mad_difference_P: MAD of the second minus MAD of the first, `bootstrap_difference`; None where
@@ -80,6 +81,7 @@ class Contrast:
     second: Values
     pairs: Pairs
     difference_P: Interval
+    ratio_P: Interval
     rd_LP: Interval
     mean_absolute_rd_P: Interval
     mad_difference_P: Interval | None
@@ -112,6 +114,7 @@ class Contrast:
         }
         for name, interval in (
             ("difference", self.difference_P),
+            ("ratio", self.ratio_P),
             ("mean |RD|", self.mean_absolute_rd_P),
             ("MAD difference", self.mad_difference_P),
             ("AUC", self.chance_smaller_P),
@@ -198,6 +201,7 @@ def contrast(
         second=two,
         pairs=pairs,
         difference_P=interval(lambda a, b: (b - a).mean(axis=-2)),
+        ratio_P=interval(_ratio),
         rd_LP=rd_LP,
         mean_absolute_rd_P=absolute,
         mad_difference_P=mad_difference,
@@ -225,6 +229,11 @@ def _identity(curve_LP: np.ndarray) -> np.ndarray:
 
 def _over_layers(curve_LP: np.ndarray) -> np.ndarray:
     return curve_LP.mean(axis=-2)
+
+
+def _ratio(first_LP: np.ndarray, second_LP: np.ndarray) -> np.ndarray:
+    first_P, second_P = _over_layers(first_LP), _over_layers(second_LP)
+    return np.where(first_P == 0, np.nan, second_P / np.where(first_P == 0, 1.0, first_P))
 
 
 def _interval(

@@ -100,7 +100,7 @@ class Study:
     curves: Sequence[CellCurves]
     comparisons: Sequence[Comparison]
     unavailable: Mapping[str, str] = field(default_factory=dict)
-    resampling: Resampling = Resampling()
+    resampling: Resampling = field(default_factory=Resampling)
 
     @property
     def cells(self) -> list[Cell]:
@@ -192,15 +192,15 @@ def compare(
             missing[name] = str(error)
             return None
 
-    contrasts = {
-        name: attempt(
-            name,
-            lambda name=name: contrast(
-                one, two, name, same_model=kind != "model", resampling=resampling
-            ),
+    same_model = kind != "model"
+
+    def by(statistic: str) -> Contrast | None:
+        return attempt(
+            statistic,
+            lambda: contrast(one, two, statistic, same_model=same_model, resampling=resampling),
         )
-        for name in STATISTICS
-    }
+
+    contrasts = {name: by(name) for name in STATISTICS}
     match = matched = regression = leakage = None
     if kind == "setting":
         pair = attempt("matched", lambda: matched_contrast(one, two, resampling=resampling))

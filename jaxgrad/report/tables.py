@@ -1,0 +1,222 @@
+"""A table of numbers with intervals, and its forms: Markdown, CSV, LaTeX."""
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["number", "percent", "count", "p"]
+NOTHING = "–"  # noqa: RUF001 - an en dash, for what is undefined
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        "$": r"\$",
+        "&": r"\&",
+        "#": r"\#",
+        "%": r"\%",
+        "_": r"\_",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        "σ": r"$\sigma$",
+        "·": r"$\cdot$",
+        "|": r"\textbar{}",
+        "≤": r"$\le$",
+        "×": r"$\times$",
+    }
+)
+_MARKDOWN = str.maketrans({c: "\\" + c for c in "\\|`*_<>[]"})
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number of a table.
+
+    Attributes:
+        value: NaN where it is undefined.
+        low, high: Its interval's limits; NaN where there is none.
+        form: How it is written: three significant digits, percent, a count, or a p.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    form: Form = "number"
+
+    @property
+    def text(self) -> str:
+        """The number with its limits: "1.15 [0.95, 1.31]"."""
+        value = written(self.value, self.form)
+        if math.isnan(self.low) or math.isnan(self.high):
+            return value
+        return f"{value} [{written(self.low, self.form)}, {written(self.high, self.form)}]"
+
+
+Value = str | Number
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its name, and the name of the group that it stands in."""
+
+    name: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        name: Stem of its files.
+        title: Heading.
+        caption: What stands in it and how it was made.
+        columns: In order; those of a group stand together.
+        rows: As many values as columns each.
+    """
+
+    name: str
+    title: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"table {self.name}: a row has another number of values than columns")
+
+
+def written(value: float, form: Form = "number") -> str:
+    """A number as people read it; an en dash for NaN.
+
+    | form | 0.012345 |
+    |---|---|
+    | number | 0.0123 (three significant digits) |
+    | percent | 1.2 % |
+    | count | 0 |
+    | p | 0.012; below 0.001 two significant digits |
+    """
+    if math.isnan(value):
+        return NOTHING
+    if form == "count":
+        return f"{value:.0f}"
+    if form == "percent":
+        return f"{100 * value:.1f} %"
+    if form == "p":
+        return f"{value:.3f}" if value >= 0.001 else f"{value:.2g}"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:#.3g}".rstrip(".")
+    return f"{value:.2e}"
+
+
+def text_of(value: Value) -> str:
+    """A value of a table as text."""
+    return value if isinstance(value, str) else value.text
+
+
+def as_markdown(table: Table) -> str:
+    """GitHub's Markdown: title, table, caption. Groups stand in the columns' names."""
+    head = [f"{c.group} {c.name}".strip() for c in table.columns]
+    numeric = [_is_numeric(table, place) for place in range(len(head))]
+    lines = [f"### {_markdown(table.title)}", ""]
+    lines.append("| " + " | ".join(map(_markdown, head)) + " |")
+    lines.append("|" + "|".join("---:" if right else "---" for right in numeric) + "|")
+    for row in table.rows:
+        # A number's brackets are ours, and a link needs parentheses after them.
+        cells = [_markdown(v) if isinstance(v, str) else v.text for v in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _markdown(table.caption), ""])
+
+
+def as_csv(table: Table) -> str:
+    """Comma-separated, full precision; a number with limits takes three columns: x, x low, x high."""
+    limits = [
+        any(isinstance(row[c], Number) and not math.isnan(row[c].low) for row in table.rows)
+        for c in range(len(table.columns))
+    ]
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    head: list[str] = []
+    for column, has in zip(table.columns, limits, strict=True):
+        name = f"{column.group} {column.name}".strip()
+        head += [name, f"{name} low", f"{name} high"] if has else [name]
+    writer.writerow(head)
+    for row in table.rows:
+        line: list[str] = []
+        for value, has in zip(row, limits, strict=True):
+            if isinstance(value, str):
+                line += [value, "", ""] if has else [value]
+            else:
+                numbers = (value.value, value.low, value.high) if has else (value.value,)
+                line += ["" if math.isnan(number) else repr(float(number)) for number in numbers]
+        writer.writerow(line)
+    return sink.getvalue()
+
+
+def as_latex(table: Table) -> str:
+    """A `table*` with booktabs' rules; intervals in a smaller size."""
+    numeric = [_is_numeric(table, place) for place in range(len(table.columns))]
+    groups = _groups(table)
+    lines = [
+        r"% needs \usepackage{booktabs,graphicx}",
+        r"\begin{table*}[t]",
+        r"\centering\small",
+        r"\resizebox{\textwidth}{!}{%",
+        r"\begin{tabular}{" + "".join("r" if right else "l" for right in numeric) + "}",
+        r"\toprule",
+    ]
+    if any(name for name, _, _ in groups):
+        cells, rules = [], []
+        for name, first, last in groups:
+            width = last - first + 1
+            cells += [rf"\multicolumn{{{width}}}{{c}}{{{_latex(name)}}}"] if name else [""] * width
+            if name:
+                rules.append(rf"\cmidrule(lr){{{first + 1}-{last + 1}}}")
+        lines += [" & ".join(cells) + r" \\", "".join(rules)]
+    lines.append(" & ".join(_latex(column.name) for column in table.columns) + r" \\")
+    lines.append(r"\midrule")
+    for row in table.rows:
+        lines.append(" & ".join(map(_latex_value, row)) + r" \\")
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}}",
+        rf"\caption{{{_latex(table.title)}. {_latex(table.caption)}}}",
+        rf"\label{{tab:{table.name}}}",
+        r"\end{table*}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _groups(table: Table) -> list[tuple[str, int, int]]:
+    """Runs of columns of one group: name, first and last place."""
+    found: list[tuple[str, int, int]] = []
+    for place, column in enumerate(table.columns):
+        if found and column.group == found[-1][0]:
+            found[-1] = (column.group, found[-1][1], place)
+        else:
+            found.append((column.group, place, place))
+    return found
+
+
+def _is_numeric(table: Table, place: int) -> bool:
+    return any(isinstance(row[place], Number) for row in table.rows)
+
+
+def _markdown(text: str) -> str:
+    return " ".join(text.split()).translate(_MARKDOWN)
+
+
+def _latex(text: str) -> str:
+    return " ".join(text.split()).translate(_LATEX)
+
+
+def _latex_value(value: Value) -> str:
+    if isinstance(value, str):
+        return _latex(value)
+    text = _latex(value.text)
+    at = text.find(" [")
+    return text if at < 0 else rf"{text[:at]}\,{{\scriptsize {text[at + 1 :]}}}"
