@@ -15,7 +15,7 @@ from jaxgrad.examples import Fields
 
 if TYPE_CHECKING:
     from jaxgrad.analysis import Resampling
-    from jaxgrad.pipeline import AnalyzeOptions
+    from jaxgrad.options import AnalyzeOptions
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -290,6 +290,25 @@ def split_pair(name: str, value: str) -> tuple[str, str]:
     return first.strip(), second.strip()
 
 
+def define_study_flags() -> FlagGroup:
+    """A study: its file, its place, and what is done of it."""
+    flags.DEFINE_string("config", None, "The study's TOML file, such as configs/demo.toml.")
+    flags.DEFINE_string(
+        "output_dir", None, "Directory for runs and report. Not given: runs/NAME of the file."
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "How many examples of each data file at most. Not given: as the file says.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool("dry_run", False, "Print the cells, and what of them is there; do nothing.")
+    flags.DEFINE_bool("report_only", False, "Measure nothing; report the cells that are finished.")
+    flags.DEFINE_bool("progress", True, "Show progress bars.")
+    names = ("config", "output_dir", "limit", "dry_run", "report_only", "progress")
+    return FlagGroup("Study", names)
+
+
 def required(name: str, what: str) -> str:
     """The value of a flag that has to be given."""
     value = flags.FLAGS[name].value
@@ -300,7 +319,7 @@ def required(name: str, what: str) -> str:
 
 def analyze_options() -> "AnalyzeOptions":
     """The flags of the protocol, measure and compute groups as options."""
-    from jaxgrad.pipeline import AnalyzeOptions
+    from jaxgrad.options import AnalyzeOptions
 
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(AnalyzeOptions)]
