@@ -78,17 +78,13 @@ def mean_similarity(
             adjacent = bootstrap(
                 _spread(of_layers_P),
                 next_EPL.transpose(0, 2, 1),
-                level=resampling.level,
-                num_resamples=resampling.num_resamples,
-                seed=resampling.seed,
+                resampling=resampling,
             )
     if count and of_pairs_2.any():
         partner = bootstrap(
             _spread(of_pairs_2),
             partner_EL2[defined_E],
-            level=resampling.level,
-            num_resamples=resampling.num_resamples,
-            seed=resampling.seed,
+            resampling=resampling,
         )
     return Similarity(
         layers=examples.layers,
