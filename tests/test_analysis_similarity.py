@@ -77,7 +77,7 @@ def test_against_a_loop_and_a_plain_bootstrap():
         ]
     )
     for interval, values in ((found.partner_L2, partner), (found.adjacent_LP, adjacent)):
-        want = bootstrap(lambda mean: mean, values, num_resamples=200)
+        want = bootstrap(lambda mean: mean, values, resampling=FAST)
         np.testing.assert_allclose(interval.estimate, values.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(interval.low, want.low, rtol=1e-12)
         np.testing.assert_allclose(interval.high, want.high, rtol=1e-12)

@@ -27,12 +27,24 @@ class Resampling:
         num_resamples: Bootstrap resamples.
         num_permutations: Sign patterns drawn where there are too many to look at all.
         seed: The same seed gives the same numbers.
+
+    Raises:
+        UserError: A level outside (0, 1), fewer than 100 resamples or permutations, a negative seed.
     """
 
     level: float = 0.95
     num_resamples: int = 2000
     num_permutations: int = 9999
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise UserError(f"level is {self.level}: give a coverage between 0 and 1, like 0.95.")
+        for name in ("num_resamples", "num_permutations"):
+            if getattr(self, name) < 100:
+                raise UserError(f"{name} is {getattr(self, name)}: give 100 or more.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: give 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -123,14 +135,6 @@ def resample_weights(
                 if places is not None:
                     weights[k][:, places] = count.reshape(rows, -1) / sizes[k]
         yield weights
-
-
-def check_resampling(level: float, num_resamples: int) -> None:
-    """Refuses a level or a number of resamples that gives no meaningful interval."""
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: give a coverage between 0 and 1, like 0.95.")
-    if num_resamples < 100:
-        raise UserError(f"num_resamples is {num_resamples}: give 100 or more.")
 
 
 def joined(*notes: str | None) -> str | None:
