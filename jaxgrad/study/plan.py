@@ -76,8 +76,9 @@ class Plan:
         order = ("finished", "to measure", "without data", "without model")
         counts = ", ".join(f"{states[state]} {state}" for state in order if states[state])
         lines = [
-            f"{self.config.title}: {len(self.cells)} cells of {len(self.config.models)} models "
-            f"and {len(self.config.data)} data sets: {counts}"
+            f"{self.config.title}: {_number(len(self.cells), 'cell')} "
+            f"({_number(len(self.config.models), 'model')}, "
+            f"{_number(len(self.config.data), 'data set')}): {counts}"
         ]
         lost = {cell.role: cell.reason for cell in self.cells if cell.data is None}
         lines += [f"  missing data: {role.title}: {reason}" for role, reason in lost.items()]
@@ -228,6 +229,10 @@ def unavailable(config: StudyConfig, reasons: Mapping[tuple[str, Role], str]) ->
     for (name, role), why in left.items():
         told[role.title if single else f"{name}: {role.title}"] = why
     return told
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _common(reasons: Iterable[str | None]) -> str | None:
