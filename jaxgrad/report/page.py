@@ -1,0 +1,288 @@
+"""The report's page: one HTML file that works offline and asks nobody for anything.
+
+Text from data is escaped wherever it stands (jinja2's autoescape; the script sets text, never markup),
+and the page's content security policy allows no request and no script but the two whose digests it
+names: the page's own and plotly.js.
+"""
+
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import plotly.offline
+from markupsafe import Markup
+
+from jaxgrad.errors import UserError
+from jaxgrad.report.comparisons import Study
+from jaxgrad.report.page_data import (
+    Block,
+    core_block,
+    curve_blocks,
+    fitting,
+    pack,
+    rd_blocks,
+    similarity_blocks,
+)
+from jaxgrad.report.page_examples import example_blocks
+from jaxgrad.report.tables import Number, Table, written
+from jaxgrad.results.files import atomic_file
+
+# Bytes of the whole page: what a mail server, a repository and a phone still take.
+LIMIT = 5_000_000
+# Of these, for tables at most; and for examples at least, before RD and similarities take the rest.
+TABLES_LIMIT = 1_200_000
+EXAMPLES_SHARE = 500_000
+# For the sentences that say what is left out, and the core block's own counts.
+_SLACK = 40_000
+# The first ones are unfolded.
+_OPEN_TABLES = 3
+_SCRIPTS = ("core.js", "panels.js", "curves.js", "tables.js", "examples.js", "start.js")
+
+FindingVerdict = Literal["stands", "falls", "unclear", "info"]
+
+
+@dataclass(frozen=True)
+class PageFinding:
+    """What was found, in words.
+
+    Attributes:
+        heading: In a few words.
+        sentences: With their figures.
+        verdict: What the controls leave of it.
+    """
+
+    heading: str
+    sentences: Sequence[str]
+    verdict: FindingVerdict = "info"
+
+
+@dataclass(frozen=True)
+class PageSize:
+    """What became of the page.
+
+    Attributes:
+        num_bytes: Of the file.
+        examples: Examples in it.
+        all_examples: Examples of the study.
+        left_out: What did not fit, as the page says it.
+    """
+
+    num_bytes: int
+    examples: int
+    all_examples: int
+    left_out: tuple[str, ...]
+
+
+def write_page(
+    study: Study, tables: Sequence[Table], findings: Sequence[PageFinding], path: str | Path
+) -> PageSize:
+    """Writes a study as one self-contained HTML file of less than `LIMIT` bytes.
+
+    What does not fit is left out, and the page says so: tables beyond `TABLES_LIMIT`, then the curves
+    of the last statistics, RD, similarity matrices, and of the examples as many as the rest allows.
+
+    Args:
+        study: The study.
+        tables: In the order in which they are read.
+        findings: Likewise.
+        path: The file; it appears whole or not at all.
+
+    Raises:
+        UserError: The words and names alone are more than `LIMIT` bytes.
+    """
+    library = plotly.offline.get_plotlyjs()
+    shown, too_large = _tables(tables)
+    left_out = [f"the table “{table.title}” (its own file has it)" for table in too_large]
+    library_block = Block("plotly", pack(library))
+    parts: dict[str, Any] = {
+        "study": study,
+        "tables": shown,
+        "findings": findings,
+        "facts": _facts(study),
+        "provenance": _provenance(study),
+        "left_out_cells": [cell for cell in study.cells if cell.examples.left_out],
+        "plotly_version": _plotly_version(library),
+        "level": f"{100 * study.resampling.level:g} %",
+        "examples": (0, 0),
+        "left_out": left_out,
+    }
+    words = len(_html(parts, library, [library_block, core_block(study, {})]).encode())
+    room = LIMIT - words - _SLACK
+    if room < 0:
+        raise UserError(
+            f"The page's words and tables alone are {words} bytes, more than {LIMIT}. "
+            "Report fewer runs at a time."
+        )
+    blocks = [library_block]
+    share = min(EXAMPLES_SHARE, room // 3)
+    for candidates in (curve_blocks(study), rd_blocks(study), similarity_blocks(study)):
+        inside, outside = fitting(candidates, room - share)
+        room -= sum(item.num_bytes for item in inside)
+        blocks += inside
+        left_out += _summed(outside)
+    chosen = example_blocks(study, room)
+    blocks += chosen.blocks
+    parts["examples"] = (chosen.embedded, chosen.total)
+    blocks.append(core_block(study, {"blocks": [item.name for item in blocks]}))
+    html = _html(parts, library, blocks).encode()
+    assert len(html) < LIMIT, f"{len(html)} bytes: more than was planned"
+    with atomic_file(Path(path)) as file:
+        file.write(html)
+    return PageSize(len(html), chosen.embedded, chosen.total, tuple(left_out))
+
+
+def _plotly_version(library: str) -> str:
+    found = re.search(r"plotly\.js v([\d.]+)", library[:200])
+    return found[1] if found else ""
+
+
+def _summed(outside: Sequence[Block]) -> list[str]:
+    """What is left out; many of a kind in one line."""
+    whats = [item.what for item in outside]
+    return whats if len(whats) <= 5 else [*whats[:4], f"{len(whats) - 4} more such parts"]
+
+
+def visible(value: Any) -> Any:
+    """Text that UTF-8 and HTML can hold: lone surrogates and control characters become U+FFFD."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", value)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxgrad.report", "page"),
+        autoescape=True,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("jaxgrad.report").joinpath("page", name).read_text("utf-8")
+
+
+def _html(parts: Mapping[str, Any], library: str, blocks: Sequence[Block]) -> str:
+    # One script, one scope: nothing of it is visible to anything else.
+    script = '(() => {\n"use strict";\n' + "".join(map(_asset, _SCRIPTS)) + "})();\n"
+    return (
+        _environment()
+        .get_template("template.html")
+        .render(
+            parts,
+            blocks=blocks,
+            # Our own files, not data.
+            style=Markup(_asset("page.css")),
+            script=Markup(script),
+            digests=[_digest(script), _digest(library)],
+        )
+    )
+
+
+def _digest(script: str) -> str:
+    """A script as a content security policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _tables(tables: Sequence[Table]) -> tuple[list[Markup], list[Table]]:
+    """The tables as HTML, as many as fit; and the others."""
+    template = _environment().get_template("table.html")
+    shown, too_large, room = [], [], TABLES_LIMIT
+    for place, table in enumerate(tables):
+        html = template.render(
+            place=place,
+            open=place < _OPEN_TABLES,
+            table=table,
+            groups=_groups(table),
+            number=lambda value: isinstance(value, Number),
+            parts=_parts,
+            numeric=[
+                any(isinstance(row[c], Number) for row in table.rows)
+                for c in range(len(table.columns))
+            ],
+        )
+        size = len(html.encode())
+        if size > room:
+            too_large.append(table)
+            continue
+        room -= size
+        shown.append(Markup(html))
+    return shown, too_large
+
+
+def _parts(number: Number) -> tuple[str, str]:
+    """A number as the table writes it, and its limits."""
+    value = written(number.value, number.form)
+    return value, number.text[len(value) :].strip()
+
+
+def _groups(table: Table) -> list[tuple[str, int]]:
+    """Neighbouring columns of one group: its name and their number; empty without groups."""
+    groups: list[tuple[str, int]] = []
+    for column in table.columns:
+        if groups and groups[-1][0] == column.group:
+            groups[-1] = (column.group, groups[-1][1] + 1)
+        else:
+            groups.append((column.group, 1))
+    return groups if any(name for name, _ in groups) else []
+
+
+def _facts(study: Study) -> list[tuple[str, str]]:
+    """The study in figures: number, and of what."""
+
+    def counted(count: int, one: str, many: str) -> tuple[str, str]:
+        return f"{count:,}".replace(",", "\u202f"), one if count == 1 else many
+
+    used = sum(cell.examples.num_examples for cell in study.cells)
+    out = sum(len(cell.examples.left_out) for cell in study.cells)
+    return [
+        counted(len(study.models()), "model", "models"),
+        counted(len(study.data_sets()), "data set", "data sets"),
+        counted(len(study.cells), "run", "runs"),
+        counted(used, "example used", "examples used"),
+        counted(out, "example left out", "examples left out"),
+    ]
+
+
+def _provenance(study: Study) -> list[tuple[str, list[str]]]:
+    """What the runs say about themselves, runs of the same words together: words -> titles."""
+    groups: dict[str, list[str]] = {}
+    for cell in study.cells:
+        words = "; ".join(_run_words(cell.examples.run))
+        groups.setdefault(words, []).append(f"{cell.role.model}, {cell.role.title}")
+    return list(groups.items())
+
+
+def _run_words(run: Mapping[str, Any]) -> list[str]:
+    """Protocol, versions, commit and device of a run; no path of the machine it ran on."""
+    options = run.get("identity", {}).get("options", {})
+    sessions = run.get("sessions") or [{}]
+    info = sessions[-1].get("info", {})
+    words = []
+    if "protocol" in options:
+        words.append(f"protocol {options['protocol']}")
+    for name, title in (("max_length", "at most {} tokens"), ("dtype", "{}"), ("chat", "chat: {}")):
+        if name in options:
+            words.append(title.format(options[name]))
+    if info.get("model"):
+        words.append(f"model {info['model']}")
+    if info.get("device"):
+        words.append(f"on {info['device'].get('kind', 'an unknown device')}")
+    versions = info.get("versions") or {}
+    if versions:
+        words.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if info.get("commit"):
+        words.append(f"commit {str(info['commit'])[:12]}")
+    if run.get("finished_at"):
+        words.append(f"finished {str(run['finished_at'])[:10]}")
+    return words or ["statistics without provenance (the authors' form)"]

@@ -1,0 +1,134 @@
+"""The examples that the page's browser shows, and which of them where not all fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxgrad.analysis import ExampleSet
+from jaxgrad.errors import UserError
+from jaxgrad.report.comparisons import NORM, Study
+from jaxgrad.report.page_data import Block, block, curve, rounded
+
+# Statistics of which an example has its own curves; the script derives those of the norm and the
+# loss, and the share of the rank's ceiling comes as a mean over layers.
+_CURVES = (NORM, "sigma_ratio", "effective_rank")
+_MEANS = ("effective_rank_fraction",)
+# Characters of an instruction or a response; the rest is counted.
+_LONGEST_TEXT = 6000
+# Where fewer would fit, an example browser says nothing: two extremes and one between.
+_FEWEST = 3
+_ATTEMPTS = 12
+
+
+@dataclass(frozen=True)
+class EmbeddedExamples:
+    """The examples' blocks.
+
+    Attributes:
+        blocks: Texts of each data set, numbers of each cell.
+        embedded, total: Examples in them, and in the study.
+    """
+
+    blocks: list[Block]
+    embedded: int
+    total: int
+
+
+def example_blocks(study: Study, room: int) -> EmbeddedExamples:
+    """As many examples of each cell as fit into `room` bytes; none where three of each do not.
+
+    Where not all fit, a cell's examples are ordered by their nuclear norm (mean over layers and
+    projections) and taken at even distances, the smallest and the largest included.
+    """
+    sets = [cell.examples for cell in study.cells]
+    total = sum(examples.num_examples for examples in sets)
+    most = max((examples.num_examples for examples in sets), default=0)
+    curves = [_curves(examples) for examples in sets]
+    count = most
+    for _ in range(_ATTEMPTS):
+        if count < min(_FEWEST, most):
+            break
+        chosen = [evenly(examples, count) for examples in sets]
+        blocks = _blocks(study, chosen, curves)
+        size = sum(item.num_bytes for item in blocks)
+        if size <= room:
+            return EmbeddedExamples(blocks, sum(len(places) for places in chosen), total)
+        count = min(count - 1, int(count * room / size))
+    return EmbeddedExamples([], 0, total)
+
+
+def evenly(examples: ExampleSet, count: int) -> list[int]:
+    """Places of `count` examples at even distances by nuclear norm, both extremes among them."""
+    if examples.num_examples <= count:
+        return list(range(examples.num_examples))
+    order = np.argsort(examples.column_ELP[NORM].mean(axis=(1, 2)), kind="stable")
+    steps = np.linspace(0, examples.num_examples - 1, count).round().astype(int)
+    return sorted(order[steps].tolist())
+
+
+def _curves(examples: ExampleSet) -> list[dict[str, Any]]:
+    """The numbers of every example, without its texts."""
+    found = {name: _values(examples, name) for name in (*_CURVES, *_MEANS)}
+    items = []
+    for e in range(examples.num_examples):
+        item: dict[str, Any] = {
+            "index": int(examples.index_E[e]),
+            "loss": rounded(float(examples.loss_E[e])),
+            "tokens": rounded(float(examples.response_tokens_E[e]), 9),
+            "truncated": None if examples.truncated_E is None else bool(examples.truncated_E[e]),
+        }
+        for name in _CURVES:
+            value_ELP = found[name]
+            if value_ELP is not None and np.isfinite(value_ELP[e]).all():
+                item[name] = [curve(value_ELP[e, :, p]) for p in range(value_ELP.shape[2])]
+        for name in _MEANS:
+            value_ELP = found[name]
+            if value_ELP is not None and np.isfinite(value_ELP[e]).all():
+                item[name] = [rounded(float(value)) for value in value_ELP[e].mean(axis=0)]
+        items.append(item)
+    return items
+
+
+def _values(examples: ExampleSet, name: str) -> np.ndarray | None:
+    """A statistic of every example [E, L, P], NaN where it is undefined; None without it."""
+    try:
+        values = examples.values(name)
+    except UserError:
+        return None
+    if values.examples.num_examples == examples.num_examples:
+        return values.value_ELP
+    full = np.full((examples.num_examples, *values.value_ELP.shape[1:]), np.nan)
+    full[np.isin(examples.index_E, values.examples.index_E)] = values.value_ELP
+    return full
+
+
+def _blocks(
+    study: Study, chosen: Sequence[list[int]], curves: Sequence[list[dict[str, Any]]]
+) -> list[Block]:
+    texts: dict[str, dict[str, int]] = {name: {} for name in study.data_sets()}
+    blocks = []
+    for place, (cell, places) in enumerate(zip(study.cells, chosen, strict=True)):
+        known = texts[cell.role.data]
+        examples = cell.examples
+        content = []
+        for e in places:
+            item = curves[place][e] | {"id": _shortened(examples.example_ids[e], 200)}
+            for name, text in (
+                ("instruction", examples.instructions[e]),
+                ("response", examples.responses[e]),
+            ):
+                if text is not None:
+                    item[name] = known.setdefault(_shortened(text), len(known))
+            content.append(item)
+        blocks.append(block(f"examples-{place}", content))
+    for number, name in enumerate(texts):
+        blocks.append(block(f"texts-{number}", list(texts[name])))
+    return blocks
+
+
+def _shortened(text: str, longest: int = _LONGEST_TEXT) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]} … ({len(text) - longest} more characters in the run's tables)"
