@@ -13,9 +13,9 @@ from jaxgrad.report.cells import CORRECT
 from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison, Study
 from jaxgrad.report.style import STATISTIC_NAMES
 from jaxgrad.report.tables import Form, written
-from jaxgrad.report.verdicts import Verdict, direction, verdict_of
+from jaxgrad.report.verdicts import Verdict, Verdicts, direction, verdict_of
 
-Outcome = Literal["stands", "falls", "unclear", "information"]
+Outcome = Literal["stands", "falls", "unclear", "info"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Finding:
 
     Attributes:
         heading: What it is about.
-        sentences: In words, with figures.
+        lead: The finding and what becomes of it, in a line or two.
+        sentences: The same at length, with figures.
         outcome: What becomes of it under the controls: "stands" under all that could be made,
             "falls" under at least one, "unclear" where there is no contrast or no control.
     """
 
     heading: str
+    lead: str
     sentences: tuple[str, ...]
     outcome: Outcome
 
@@ -122,7 +124,45 @@ def _setting(c: Comparison) -> Finding:
             )
         )
     of_length = [verdict for v in verdicts for verdict in v.of_length]
-    return Finding(f"{_where(c)}: {one} against {two}", tuple(sentences), _outcome(of_length))
+    sides = [v.direction for v in verdicts]
+    lead = (
+        f"{two} has {_size(sides)} gradients than {one} ({_range(norm.ratio_P.estimate)} times the "
+        f"nuclear norm). {_under_length(verdicts)}"
+        if any(sides)
+        else f"The nuclear norms of {one} and {two} are not told apart "
+        f"({_range(norm.ratio_P.estimate)} times)."
+    )
+    return Finding(f"{_where(c)}: {one} against {two}", lead, tuple(sentences), _outcome(of_length))
+
+
+def _size(sides: Sequence[int]) -> str:
+    named = {side: word for side, word in ((-1, "smaller"), (1, "larger")) if side in sides}
+    return " and ".join(
+        word + ("" if set(sides) == {side} else f" (in {sides.count(side)} of {len(sides)})")
+        for side, word in named.items()
+    )
+
+
+def _under_length(verdicts: Sequence[Verdicts]) -> str:
+    """What the controls for length leave, one phrase a control."""
+    parts = []
+    for name, of in (
+        ("with the summed loss", [v.sum_loss for v in verdicts]),
+        ("among examples matched on length", [v.matched for v in verdicts]),
+        ("in the regression on length", [v.regression for v in verdicts]),
+    ):
+        judged = [verdict for verdict in of if verdict not in ("no contrast", "not known")]
+        if not judged:
+            continue
+        counts = Counter(judged)
+        said = ", ".join(
+            verdict if n == len(judged) else f"{verdict} in {n} of {len(judged)}"
+            for verdict, n in counts.items()
+        )
+        parts.append(f"it {said} {name}")
+    if not parts:
+        return "No control for length could decide."
+    return f"Controlled for length, {'; '.join(parts)}."
 
 
 def _responses(model: str, data: str, comparisons: Sequence[Comparison]) -> Finding:
@@ -159,7 +199,26 @@ def _responses(model: str, data: str, comparisons: Sequence[Comparison]) -> Find
             ]
         sentences.append(sentence)
     where = ", ".join(part for part in (model, data) if part)
-    return Finding(f"{where}: correct against irrelevant", tuple(sentences), _outcome(verdicts))
+    sizes = ", ".join(
+        f"{written(float(c.contrasts[NORM].mean_absolute_rd_P.estimate.mean()), 'percent')} in "
+        f"{c.first.role.setting}"
+        for c in comparisons
+    )
+    leaks = sum(c.leakage.num_leaked for c in comparisons if c.leakage is not None)
+    lead = f"Irrelevant responses change the nuclear norm of a layer by {sizes}."
+    if leaks:
+        lead += f" {leaks} pairs leak the correct answer; without them: {_left(verdicts)}."
+    outcome = _outcome(verdicts)
+    return Finding(f"{where}: correct against irrelevant", lead, tuple(sentences), outcome)
+
+
+def _left(verdicts: Sequence[Verdict]) -> str:
+    """How many contrasts stand, are not shown, turn round."""
+    counts = Counter(v for v in verdicts if v not in ("no contrast", "not known"))
+    total = counts.total()
+    if not total:
+        return "there was no contrast to lose"
+    return ", ".join(f"{n} of {total} contrasts: {verdict}" for verdict, n in counts.items())
 
 
 def _model(c: Comparison) -> Finding:
@@ -170,7 +229,7 @@ def _model(c: Comparison) -> Finding:
         f"times that of {c.first.role.model}{_p(norm)}."
     )
     return Finding(
-        f"{c.first.role.title}: base against instruction-tuned", (sentence,), "information"
+        f"{c.first.role.title}: base against instruction-tuned", (sentence,), "info"
     )
 
 
@@ -197,7 +256,7 @@ def _limits(study: Study) -> Finding:
         )
     sentences += _missing(study)
     sentences += [f"Not there: {what}: {why}" for what, why in study.unavailable.items()]
-    return Finding("What limits all of it", tuple(sentences), "information")
+    return Finding("What limits all of it", sentences[1], (sentences[0], *sentences[2:]), "info")
 
 
 def _missing(study: Study) -> list[str]:
