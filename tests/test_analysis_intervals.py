@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxgrad.analysis import Resampling, bootstrap, curves, intervals
+from jaxgrad.analysis import Resampling, bootstrap, curves, intervals, resampling
 from jaxgrad.analysis.intervals import MeanDraws, bootstrap_difference, interval_from_draws
 from jaxgrad.analysis.resampling import resample_weights, strata_of
 from jaxgrad.errors import UserError
@@ -99,6 +99,34 @@ def test_pairs_in_any_order_and_those_without_partner():
                     assert weights[place] * len(weights) == pytest.approx((drawn == at).sum())
     np.testing.assert_allclose(first_RE.sum(axis=1), 1)
     np.testing.assert_array_equal(first_RE[:, 2] * 4, second_RE[:, 4] * 5)
+
+
+def test_remembered_weights_are_those_of_their_own_arguments():
+    pairs = (np.array([2, 0]), np.array([4, 1]))
+    asked = [
+        ((4, 5), pairs, 0),
+        ((4, 5), pairs, 1),
+        ((4, 5), (pairs[0][::-1], pairs[1]), 0),
+        ((4, 5), None, 0),
+    ]
+    asked += [((5, 4), pairs[::-1], 0), ((9,), None, 0), ((4, 5), pairs, 0)]
+
+    def weights(sizes, pairs, seed):
+        (block,) = resample_weights(sizes, strata_of(sizes, pairs), 50, seed)
+        return block
+
+    alone = []
+    for arguments in asked:
+        resampling._remembered_block.cache_clear()
+        alone.append(weights(*arguments))
+    for arguments, want in zip(asked, alone, strict=True):
+        for _ in range(2):
+            found = weights(*arguments)
+            assert len(found) == len(want)
+            for one, two in zip(found, want, strict=True):
+                np.testing.assert_array_equal(one, two)
+                assert not one.flags.writeable
+    assert (alone[0][0] != alone[1][0]).any() and (alone[0][0] != alone[3][0]).any()
 
 
 def test_many_examples_come_in_blocks():

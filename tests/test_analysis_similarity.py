@@ -5,10 +5,10 @@ import time
 
 import numpy as np
 import pytest
+from analysis_runs import PROJECTIONS, example, results, with_cosines
 
 from jaxgrad.analysis import Resampling, Similarity, bootstrap, example_set, mean_similarity
 from jaxgrad.errors import UserError
-from tests.analysis_runs import PROJECTIONS, example, results, with_cosines
 
 FAST = Resampling(num_resamples=200)
 L, P, K = 3, 4, 5

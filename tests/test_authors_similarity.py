@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from analysis_runs import PROJECTIONS, example, identity, results, with_cosines
 
 from jaxgrad.analysis import (
     STATISTICS,
@@ -21,7 +22,6 @@ from jaxgrad.analysis import (
 from jaxgrad.errors import UserError
 from jaxgrad.report.cells import Role, read_cell, read_run
 from jaxgrad.results import RunDirectory, read_authors_jsonl, write_authors_jsonl
-from tests.analysis_runs import PROJECTIONS, example, identity, results, with_cosines
 
 FAST = Resampling(num_resamples=100, num_permutations=100)
 L, P, K = 3, 4, 5

@@ -7,6 +7,7 @@ partner are drawn among themselves. The estimate uses all of them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -118,10 +119,41 @@ def caution(sizes: Sequence[int]) -> str | None:
 def resample_weights(
     sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1.
+    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1; not to be written to.
 
-    The same sizes, strata and seed give the same weights.
+    The same sizes, strata and seed give the same weights. A single block is remembered until the
+    next is asked for: the statistics of one comparison all ask for the same.
     """
+    if num_resamples * sum(sizes) > _BLOCK_VALUES:
+        yield from _draw(sizes, strata, num_resamples, seed)
+        return
+    places = tuple(
+        tuple(None if at is None else at.astype(np.int64).tobytes() for at in stratum.members)
+        for stratum in strata
+    )
+    yield _remembered_block(tuple(sizes), places, num_resamples, seed)
+
+
+@lru_cache(maxsize=1)
+def _remembered_block(
+    sizes: tuple[int, ...],
+    places: tuple[tuple[bytes | None, ...], ...],
+    num_resamples: int,
+    seed: int,
+) -> tuple[np.ndarray, ...]:
+    strata = [
+        Stratum(tuple(None if at is None else np.frombuffer(at, np.int64) for at in members))
+        for members in places
+    ]
+    (weights,) = _draw(sizes, strata, num_resamples, seed)
+    for weights_RE in weights:
+        weights_RE.setflags(write=False)
+    return weights
+
+
+def _draw(
+    sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
+) -> Iterator[tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
     block = max(1, min(num_resamples, _BLOCK_VALUES // sum(sizes)))
     for start in range(0, num_resamples, block):
