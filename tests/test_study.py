@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
@@ -416,12 +417,28 @@ def test_weights_that_cannot_be_read_are_tried_once_more_and_cost_their_model(
     assert len(tried) == 2 and not reports
 
 
-def test_memory_that_does_not_suffice_costs_a_cell(home, tmp_path, reports, monkeypatch):
-    def measure(self, *arguments):
-        raise MemoryError
+@pytest.mark.parametrize("error", [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TB")])
+@pytest.mark.parametrize("where", [(Programs, "measure"), (Checkpoint, "load")])
+def test_memory_that_does_not_suffice(home, tmp_path, reports, monkeypatch, where, error):
+    """Each of two cells is tried; weights are tried twice, and then their model is given up."""
+    tried = []
+
+    def fail(*arguments, **options):
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(UserError, match="memory is too small"):
+        run(home, tmp_path / "out")
+    assert len(tried) == 2
+
+
+def test_another_error_of_the_device_is_a_bug_and_stops(home, tmp_path, monkeypatch):
+    def measure(*arguments):
+        raise JaxRuntimeError("INTERNAL: no")
 
     monkeypatch.setattr(Programs, "measure", measure)
-    with pytest.raises(UserError, match="memory is too small"):
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
         run(home, tmp_path / "out")
 
 
