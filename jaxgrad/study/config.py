@@ -130,8 +130,10 @@ class StudyConfig:
         Raises:
             UserError: An environment variable in it is not set.
         """
-        where = self.data_root if os.path.isabs(file) else os.path.join(self.data_root, file)
-        return self.path.parent / Path(expanded(where)).expanduser()
+        place = Path(expanded(file)).expanduser()
+        if place.is_absolute():
+            return place
+        return self.path.parent / Path(expanded(self.data_root)).expanduser() / place
 
     def model_path(self, model: StudyModel) -> str | None:
         """What `open_checkpoint` is given: a path beside the file, if one is there, else as it stands.

@@ -16,6 +16,8 @@ from jaxgrad.study.config import StudyConfig, StudyModel
 from jaxgrad.study.plan import Plan, PlannedCell, in_a_study, plan_study, unavailable
 
 Reasons = dict[tuple[str, Role], str]
+# What too small a memory raises, the host's and the device's; the second also stands for bugs.
+_OUT_OF_MEMORY = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 def run_study(
@@ -89,17 +91,17 @@ def _measure_model(
             raise OutputError(f"{cell.title}: {error}") from error
         except UserError as error:
             why = in_a_study(error)
-            if not _loads(session):
-                say(f"{model.name} cannot be loaded, so its cells are left out: {why}")
-                return reasons | _left_out(cells[place:], why)
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+        except _OUT_OF_MEMORY as error:
+            if not _is_memory(error):
                 raise
             why = "the device's memory is too small for this model and these examples"
         else:
             if summary.reused:
                 say("finished before: nothing to compute")
             continue
+        if not _loads(session):
+            say(f"{model.name} cannot be loaded, so its cells are left out: {why}")
+            return reasons | _left_out(cells[place:], why)
         say(f"left out: {why}")
         reasons[model.name, cell.role] = why
     return reasons
@@ -116,7 +118,15 @@ def _loads(session: Session) -> bool:
         _ = session.model
     except UserError:
         return False
+    except _OUT_OF_MEMORY as error:
+        if not _is_memory(error):
+            raise
+        return False
     return True
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 class _Clock:
@@ -179,8 +189,10 @@ def _report(
         say(f"missing: {name}: {why}")
     if not cells:
         hint = "run without --report_only" if report_only else "mend one of these"
-        first = next(f"{name}: {why}" for name, why in told.items())
-        raise UserError(f"{config.path}: not one cell is there to report ({first}); {hint}")
+        # A cell that was tried tells more than one whose file is not there.
+        cell = next((cell for cell in plan.cells if cell.data is not None), plan.cells[0])
+        why = f"{cell.title}: {reasons[cell.model.name, cell.role]}"
+        raise UserError(f"{config.path}: not one cell is there to report ({why}); {hint}")
     # Here, because figures and page bring libraries that measuring does not need.
     from jaxgrad.report.build import write_report
 
