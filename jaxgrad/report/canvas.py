@@ -18,12 +18,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from jaxgrad.report.style import GRID, INK, MUTED, Style
 
 PNG_DPI = 150
 MAX_COLUMNS = 4
+# Inches.
+_HEAD = 0.4
 _SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
@@ -150,17 +152,25 @@ def blank(width: float, height: float, title: str) -> Figure:
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(w_pad=0.04, h_pad=0.03, wspace=0.02, hspace=0.03)
+        # Above the panels: one line of title, one of legend.
+        engine.set(rect=(0, 0, 1, 1 - _HEAD / height))
     title = shortened(title, int(width * 14))
-    figure.suptitle(title, x=0.012, ha="left", weight="bold")
+    figure.text(0.012, 1 - 0.05 / height, title, va="top", weight="bold", size="large")
     return figure
 
 
 def head(axes: Axes, title: str, aside: str = "") -> None:
-    """A panel's title at its left, untrusted, and a few muted words at its right."""
-    room = axes.figure.get_figure(root=True).get_figwidth() / axes.get_gridspec().ncols * 15
-    axes.set_title(shortened(title, max(12, int(room) - len(aside) - 2)), loc="left")
+    """A panel's title, untrusted, and a few muted words within the panel."""
+    root = axes.figure.get_figure(root=True)
+    spec = axes.get_gridspec()
+    assert root is not None and spec is not None
+    room = root.get_figwidth() / spec.ncols * 15.5
+    axes.set_title(shortened(title, max(12, int(room) - 3)), loc="left")
     if aside:
-        axes.set_title(aside, loc="right", color=MUTED, fontsize=6.5)
+        axes.text(
+            0.985, 0.975, aside, transform=axes.transAxes, ha="right", va="top", color=MUTED,
+            fontsize=6.5,
+        )  # fmt: skip
 
 
 def absent(axes: Axes, why: str) -> None:
@@ -182,30 +192,47 @@ def log_axis(axis: Any) -> None:
     """Plain numbers, not powers of ten, on a logarithmic axis; more of them on a short one."""
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
-    steps = (1, 1.5, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 2.2 else (1,)
+    steps = (
+        (1, 1.5, 2, 3, 5, 7)
+        if decades < 0.6
+        else (1, 2, 3, 5)
+        if decades < 1.2
+        else (1, 2, 5)
+        if decades < 2.2
+        else (1,)
+    )
     axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
-def legend(figure: Figure, styles: Sequence[Style], more: Sequence[Line2D] = ()) -> None:
+def legend(
+    figure: Figure, styles: Sequence[Style], more: Sequence[Line2D] = (), *, lines: bool = True
+) -> None:
     """The figure's one legend, under its title.
 
     Args:
         figure: Where.
         styles: An entry each.
         more: Further entries, with their labels.
+        lines: The marks stand on lines.
     """
     handles = [
-        Line2D([], [], color=style.colour, ls=style.linestyle, marker=style.marker,
+        Line2D([], [], color=style.colour, ls=style.linestyle if lines else "none", marker=style.marker,
                markeredgewidth=0, label=style.title)
         for style in styles
     ]  # fmt: skip
     handles += more
+    height = figure.get_figheight()
     figure.legend(
-        handles=handles, loc="outside upper left", ncols=len(handles), borderaxespad=0.2,
+        handles=handles,
+        handlelength=3.0 if lines else 1.0,
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1 - 0.2 / height),
+        ncols=len(handles),
+        borderaxespad=0.2,
         borderpad=0.1,
-    )  # fmt: skip
+    )
 
 
 def save(figure: Figure, directory: Path, name: str, title: str) -> tuple[Path, Path]:
@@ -223,6 +250,8 @@ def save(figure: Figure, directory: Path, name: str, title: str) -> tuple[Path, 
     svg, png = directory / f"{name}.svg", directory / f"{name}.png"
     title = shortened(title, 200)
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Title": title})
+    # The panels have their places now: finding them is most of the time.
+    figure.set_layout_engine("none")
     FigureCanvasAgg(figure)
     figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Title": title})
     return svg, png

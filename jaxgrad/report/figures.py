@@ -11,6 +11,7 @@ Arrangement: Li, Li & Zhou, ACL 2025 (arXiv 2410.23743).
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,7 @@ from jaxgrad.report.style import STATISTIC_NAMES
 YLimits = Literal["shared", "free"] | tuple[float, float]
 
 CURVE_STATISTICS = (NORM, "sigma_ratio", "effective_rank")
-# Reach of the colours of cosines: the smallest that holds all but the diagonals.
+# Reach of the colours of cosines: the smallest that holds 99 % of those beside the diagonals.
 _BOUNDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _LONGEST_STEM = 60
 
@@ -250,7 +251,8 @@ def _mad(study: Study, model: str) -> Iterator[Plan]:
     for response in _responses(study, model):
         row = []
         for data in study.data_sets():
-            groups, projections = [], ()
+            groups: list[tuple[str, Interval | None, bool]] = []
+            projections: tuple[str, ...] = ()
             for setting in _settings(study, model, data):
                 found = study.find(Role(model, data, setting, response))
                 mad = None
@@ -261,9 +263,9 @@ def _mad(study: Study, model: str) -> Iterator[Plan]:
                         shown.append(mad)
                 groups.append((setting, mad, False))
             title = ", ".join(part for part in (data, response) if part)
-            if groups:
-                row.append(Points(title, projections, groups, "no MAD"))
-        if row:
+            there = any(group[1] is not None for group in groups)
+            row.append(Points(title, projections, groups, "no MAD") if there else None)
+        if any(row):
             rows.append(row)
     if not shown:
         return
@@ -287,41 +289,25 @@ def _length(study: Study, model: str) -> Iterator[Plan]:
     }
     rows, shown = [], []
     for response in _responses(study, model):
-        row = []
+        row: list[Points | None] = []
         for data in study.data_sets():
-            settings = [
-                setting
-                for setting in _settings(study, model, data)
-                if study.find(Role(model, data, setting, response)) is not None
-            ]
-            if len(settings) < 2:
-                continue
-            ends = [Role(model, data, setting, response) for setting in (settings[0], settings[-1])]
-            one = by_role.get((ends[0], ends[1]))
+            roles = [Role(model, data, name, response) for name in _settings(study, model, data)]
+            roles = [role for role in roles if study.find(role) is not None]
+            one = by_role.get((roles[0], roles[-1])) if roles else None
             if one is None or NORM not in one.contrasts:
+                row.append(None)
                 continue
             groups = _ratios(one)
             shown += [interval for _, interval, _ in groups if interval is not None]
-            what = f"{settings[0]} → {settings[-1]}"
-            title = f"{data}: {what}" if data else what
+            what = f"{roles[0].setting} → {roles[-1].setting}"
+            title = (f"{data}: " if data else "") + what
+            title += f", {response}" if response != CORRECT else ""
             projections = one.contrasts[NORM].first.examples.projections
             row.append(Points(title, projections, groups))
-        if row:
-            rows.append((response, row))
+        if any(row):
+            rows.append(row)
     if not shown:
         return
-    yield _length_plan(study, model, rows, shown)
-
-
-def _length_plan(
-    study: Study, model: str, rows: list[tuple[str, list[Points]]], shown: list[Interval]
-) -> Plan:
-    # Rows of different lengths: one after the other in a single order, folded by the figure.
-    flat = [
-        panel if response == CORRECT else panel._replace(title=f"{panel.title}, {response}")
-        for response, row in rows
-        for panel in row
-    ]
     title = f"What length does: {model}"
     caption = (
         "Nuclear norm of the last setting over that of the first, as ratios of means over layers "
@@ -331,9 +317,9 @@ def _length_plan(
         "hollow where the two sets have no length in common. "
         + _intervals(study, "Whiskers", *shown)
     )
-    return Plan(
+    yield Plan(
         ("length", model), title, caption,
-        lambda: ratios_figure(flat, title=title, x_label="ratio of nuclear norms"),
+        lambda: ratios_figure(rows, title=title, x_label="ratio of nuclear norms"),
     )  # fmt: skip
 
 
@@ -380,19 +366,19 @@ def _similarities(study: Study) -> Iterator[Plan]:
         )
         yield Plan(
             ("similarity", role.model, role.data, role.setting, role.response), title, caption,
-            lambda similarity=similarity, title=title: similarity_figure(
-                similarity, title=title, bound=bound
-            ),
+            partial(similarity_figure, similarity, title=title, bound=bound),
         )  # fmt: skip
 
 
 def cosine_bound(cells: list[Cell]) -> float:
     """How far the colours reach: one of a few round numbers, for all cells together."""
-    largest = 0.0
+    sizes = []
     for cell in cells:
         if cell.similarity is None or cell.similarity.layer_cosine_PLL is None:
             continue
         cosine_PLL = cell.similarity.layer_cosine_PLL
         off = np.abs(cosine_PLL[:, ~np.eye(cosine_PLL.shape[1], dtype=bool)])
-        largest = max(largest, float(np.nanmax(off, initial=0.0)))
-    return next((bound for bound in _BOUNDS if largest <= bound), 1.0)
+        sizes.append(off[np.isfinite(off)])
+    sizes = [size for size in sizes if len(size)]
+    most = float(np.quantile(np.concatenate(sizes), 0.99)) if sizes else 1.0
+    return next((bound for bound in _BOUNDS if most <= bound), 1.0)

@@ -1,11 +1,12 @@
 """What the figures show: each function makes one, of descriptions and contrasts that are there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 
 from jaxgrad.analysis import Interval
@@ -27,6 +28,7 @@ from jaxgrad.report.style import GRID, INK, MUTED, PROJECTION_STYLE, Style
 COSINE_COLOURS = "cividis"
 _MARKS = 7
 _BAND = 0.16
+_FAINT_BAND = 0.09
 
 
 class Curves(NamedTuple):
@@ -68,7 +70,7 @@ class Points(NamedTuple):
 Panel = TypeVar("Panel")
 
 
-def folded(rows: Sequence[Sequence[Panel]]) -> list[list[Panel | None]]:
+def folded(rows: Sequence[Sequence[Panel | None]]) -> list[list[Panel | None]]:
     """Rows of panels, folded where they are longer than a page is wide."""
     longest = max(len(row) for row in rows)
     # As many to a line as leaves no line nearly empty: 5 become 3 + 2.
@@ -109,7 +111,8 @@ def curves_figure(
     shown = [panel for row in places for panel in row if panel is not None]
     shared = limits or _range([p.curve_LP for p in shown if p.curve_LP is not None], zero_line)
     for i, j in np.ndindex(axes.shape):
-        panel, ax = places[i][j], axes[i, j]
+        panel = places[i][j]
+        ax: Axes = axes[i, j]
         if panel is None:
             ax.set_visible(False)
             continue
@@ -119,7 +122,12 @@ def curves_figure(
             ax.xaxis.set_visible(False)
         else:
             draw_curves(
-                ax, panel.layers, panel.curve_LP, [PROJECTION_STYLE[p] for p in panel.projections]
+                ax,
+                panel.layers,
+                panel.curve_LP,
+                [PROJECTION_STYLE[p] for p in panel.projections],
+                # Signed ones lie on one another.
+                band=_FAINT_BAND if zero_line else _BAND,
             )
         own = [panel.curve_LP] if panel.curve_LP is not None else []
         ax.set_ylim(_range(own, zero_line) if free else shared)
@@ -134,7 +142,11 @@ def curves_figure(
 
 
 def draw_curves(
-    ax: Axes, layers: Sequence[int], interval: Interval, styles: Sequence[Style]
+    ax: Axes,
+    layers: Sequence[int],
+    interval: Interval,
+    styles: Sequence[Style],
+    band: float = _BAND,
 ) -> None:
     """Curves [L, P] over the layers; their marks do not stand above each other."""
     every = max(1, len(layers) // _MARKS)
@@ -142,7 +154,7 @@ def draw_curves(
         if np.isnan(interval.estimate[:, p]).all():
             continue
         ax.fill_between(
-            layers, interval.low[:, p], interval.high[:, p], color=style.colour, alpha=_BAND, lw=0
+            layers, interval.low[:, p], interval.high[:, p], color=style.colour, alpha=band, lw=0
         )
         ax.plot(
             layers, interval.estimate[:, p], color=style.colour, ls=style.linestyle,
@@ -152,51 +164,54 @@ def draw_curves(
     layer_axis(ax, layers)
 
 
-def settings_figure(rows: Sequence[Sequence[Points]], *, title: str, y_label: str) -> Figure:
+def settings_figure(rows: Sequence[Sequence[Points | None]], *, title: str, y_label: str) -> Figure:
     """Panels of points over settings, on one logarithmic axis.
 
     Args:
-        rows: Of panels, equally many in each.
+        rows: Of panels, equally many in each, None for none.
         title: The figure's, untrusted.
         y_label: One for all panels.
     """
-    most = max(len(panel.groups) for row in rows for panel in row)
+    panels = [panel for row in rows for panel in row if panel is not None]
+    most = max(len(panel.groups) for panel in panels)
     places = folded(rows)
     figure, axes = grid(
         len(places), len(places[0]), title=title, share_x=False, share_y=True,
         width=min(2.6, max(1.5, 0.35 + 0.55 * most)), height=1.6,
     )  # fmt: skip
-    low, high = _log_range([group[1] for row in rows for panel in row for group in panel.groups])
+    low, high = _log_range([group[1] for panel in panels for group in panel.groups])
     for i, j in np.ndindex(axes.shape):
-        panel, ax = places[i][j], axes[i, j]
+        panel = places[i][j]
+        ax: Axes = axes[i, j]
         if panel is None:
             ax.set_visible(False)
             continue
         head(ax, panel.title)
         _points(ax, panel, low, horizontal=False)
-        labels = [shortened(group[0], 14) for group in panel.groups]
-        ax.set_xticks(range(len(labels)), labels)
+        names = [shortened(group[0], 14) for group in panel.groups]
+        ax.set_xticks(range(len(names)), names)
         ax.tick_params(axis="x", length=0)
-        ax.set_xlim(-0.5, len(labels) - 0.5)
+        ax.set_xlim(-0.5, len(names) - 0.5)
         ax.grid(visible=False, axis="x")
         ax.set_yscale("log")
         ax.set_ylim(low, high)
         log_axis(ax.yaxis)
     figure.supylabel(y_label, fontsize=7.5)
-    legend(figure, _styles(name for row in rows for panel in row for name in panel.projections))
+    legend(figure, _styles(n for panel in panels for n in panel.projections), lines=False)
     return figure
 
 
-def ratios_figure(panels: Sequence[Points], *, title: str, x_label: str) -> Figure:
+def ratios_figure(rows: Sequence[Sequence[Points | None]], *, title: str, x_label: str) -> Figure:
     """Panels of ratios, one group below the other, on a logarithmic axis with a line at 1.
 
     Args:
-        panels: With the same groups.
+        rows: Of panels, equally many in each, None for none; all with the same groups.
         title: The figure's, untrusted.
         x_label: One for all panels.
     """
+    panels = [panel for row in rows for panel in row if panel is not None]
     labels = [shortened(group[0], 24) for group in panels[0].groups]
-    places = folded([panels])
+    places = folded(rows)
     columns = len(places[0])
     figure, axes = grid(
         len(places), columns, title=title, share_x=True, share_y=True, left=0.9,
@@ -206,7 +221,8 @@ def ratios_figure(panels: Sequence[Points], *, title: str, x_label: str) -> Figu
     low, high = _log_range([group[1] for panel in panels for group in panel.groups])
     low, high = min(low, 0.8), max(high, 1.25)
     for i, j in np.ndindex(axes.shape):
-        panel, ax = places[i][j], axes[i, j]
+        panel = places[i][j]
+        ax: Axes = axes[i, j]
         if panel is None:
             ax.set_visible(False)
             continue
@@ -228,7 +244,7 @@ def ratios_figure(panels: Sequence[Points], *, title: str, x_label: str) -> Figu
     hollow = any(group[2] for panel in panels for group in panel.groups)
     more = [Line2D([], [], ls="none", marker="o", mfc="white", mec=MUTED, label="extrapolation")]
     names = [name for panel in panels for name in panel.projections]
-    legend(figure, _styles(names), more if hollow else [])
+    legend(figure, _styles(names), more if hollow else [], lines=False)
     return figure
 
 
@@ -266,8 +282,14 @@ def _maps(similarity: Similarity) -> list[tuple[str, np.ndarray]]:
     return [(name, cosine_LL) for name, cosine_LL in pairs if not np.isnan(cosine_LL).all()]
 
 
-def _draw_maps(figure, spec, maps, layers, bound) -> None:  # type: ignore[no-untyped-def]
-    image, drawn = None, []
+def _draw_maps(
+    figure: Figure,
+    spec: SubplotSpec,
+    maps: Sequence[tuple[str, np.ndarray]],
+    layers: Sequence[int],
+    bound: float,
+) -> None:
+    drawn = []
     columns = spec.subgridspec(1, len(maps))
     for j, (name, cosine_LL) in enumerate(maps):
         ax = figure.add_subplot(columns[0, j])
@@ -289,11 +311,11 @@ def _draw_maps(figure, spec, maps, layers, bound) -> None:  # type: ignore[no-un
         image, ax=drawn, extend="neither" if bound == 1 else "both", fraction=0.05, pad=0.01,
         aspect=16, shrink=0.85, label="mean cosine", ticks=[-bound, 0, bound],
     )  # fmt: skip
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.set_yticklabels([f"{tick:g}" for tick in (-bound, 0, bound)])
 
 
-def _draw_cosines(figure, spec, similarity) -> None:  # type: ignore[no-untyped-def]
+def _draw_cosines(figure: Figure, spec: SubplotSpec, similarity: Similarity) -> None:
     layers = similarity.layers
     parts = []
     if similarity.adjacent_LP is not None:
@@ -354,7 +376,7 @@ def _points(ax: Axes, panel: Points, floor: float, *, horizontal: bool) -> None:
             )  # fmt: skip
 
 
-def _styles(names) -> list[Style]:  # type: ignore[no-untyped-def]
+def _styles(names: Iterable[str]) -> list[Style]:
     found = set(names)
     return [style for name, style in PROJECTION_STYLE.items() if name in found]
 
@@ -374,7 +396,9 @@ def _log_range(intervals: Sequence[Interval | None]) -> tuple[float, float]:
     """Of the estimates and, as far as they are within a decade below them, the limits."""
     there = [interval for interval in intervals if interval is not None]
     estimates = np.concatenate([np.ravel(i.estimate) for i in there] or [np.empty(0)])
-    limits = np.concatenate([np.ravel(part) for i in there for part in (i.low, i.high)] or [[]])
+    limits = np.concatenate(
+        [np.ravel(part) for i in there for part in (i.low, i.high)] or [np.empty(0)]
+    )
     estimates = estimates[np.isfinite(estimates) & (estimates > 0)]
     if not len(estimates):
         return 0.1, 10.0
