@@ -124,11 +124,11 @@ def _setting(c: Comparison) -> Finding:
             )
         )
     of_length = [verdict for v in verdicts for verdict in v.of_length]
-    sides = [v.direction for v in verdicts]
+    directions = [v.direction for v in verdicts]
     lead = (
-        f"{two} has {_size(sides)} gradients than {one} ({_range(norm.ratio_P.estimate)} times the "
+        f"{two} has {_size(directions)} gradients than {one} ({_range(norm.ratio_P.estimate)} times the "
         f"nuclear norm). {_under_length(verdicts)}"
-        if any(sides)
+        if any(directions)
         else f"The nuclear norms of {one} and {two} are not told apart "
         f"({_range(norm.ratio_P.estimate)} times)."
     )
@@ -228,9 +228,8 @@ def _model(c: Comparison) -> Finding:
         f"The mean nuclear norm of {c.second.role.model} is {_factors(norm.ratio_P, projections)} "
         f"times that of {c.first.role.model}{_p(norm)}."
     )
-    return Finding(
-        f"{c.first.role.title}: base against instruction-tuned", (sentence,), "info"
-    )
+    heading = f"{c.first.role.title}: base against instruction-tuned"
+    return Finding(heading, sentence, (), "info")
 
 
 def _limits(study: Study) -> Finding:
