@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from jaxgrad.errors import UserError
     from jaxgrad.examples import Example, read_examples
     from jaxgrad.models import load_model
-    from jaxgrad.pipeline import AnalyzeOptions, analyze, run_analysis
+    from jaxgrad.options import AnalyzeOptions
+    from jaxgrad.pipeline import analyze, run_analysis
     from jaxgrad.results import read_results
 
 # Resolved at first use, so that reading results or a --help does not wait for JAX.
 _HOME = {
-    "AnalyzeOptions": "jaxgrad.pipeline",
+    "AnalyzeOptions": "jaxgrad.options",
     "Example": "jaxgrad.examples",
     "UserError": "jaxgrad.errors",
     "analyze": "jaxgrad.pipeline",

@@ -14,7 +14,8 @@ from jaxgrad.errors import UserError
 from jaxgrad.examples import Fields
 
 if TYPE_CHECKING:
-    from jaxgrad.pipeline import AnalyzeOptions
+    from jaxgrad.analysis import Resampling
+    from jaxgrad.options import AnalyzeOptions
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -33,8 +34,11 @@ def run(
     groups: Sequence[FlagGroup],
     *,
     after_interrupt: str = "nothing was written",
+    more_of: str | None = None,
 ) -> NoReturn:
     """Parse flags, call `main`, turn what happens into an exit code.
+
+    Arguments that are no flags and follow the flag `more_of` are further values of it.
 
     0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
     with a line that says how to go on. Any other exception keeps its traceback.
@@ -51,7 +55,7 @@ def run(
             print(help_text(os.path.basename(arguments[0]), description, groups))
             sys.exit(0)
         try:
-            rest = flags.FLAGS(arguments)
+            rest = flags.FLAGS(_flag_for_each(arguments, more_of))
         except flags.Error as error:
             _fail(f"{error} (--help lists the flags)")
         if len(rest) > 1:
@@ -73,6 +77,20 @@ def run(
 
     app.run(guarded, flags_parser=parse)
     raise AssertionError("app.run always exits")
+
+
+def _flag_for_each(arguments: list[str], name: str | None) -> list[str]:
+    """--NAME A B --other as --NAME=A --NAME=B --other."""
+    spread, collecting = [], False
+    for argument in arguments:
+        if argument == f"--{name}":
+            collecting = True
+        elif collecting and not argument.startswith("-"):
+            spread.append(f"--{name}={argument}")
+        else:
+            collecting = argument.startswith(f"--{name}=")
+            spread.append(argument)
+    return spread
 
 
 def _fail(message: str) -> NoReturn:
@@ -247,6 +265,50 @@ def define_compute_flags() -> FlagGroup:
     return FlagGroup("Computation", ("batch_tokens", "dtype", "precision"))
 
 
+def define_resampling_flags() -> FlagGroup:
+    """How intervals and p are made."""
+    flags.DEFINE_float("level", 0.95, "Nominal coverage of the intervals.")
+    flags.DEFINE_integer("num_resamples", 2000, "Bootstrap resamples.")
+    flags.DEFINE_integer("num_permutations", 9999, "Sign patterns drawn for p.")
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same numbers.")
+    return FlagGroup("Statistics", ("level", "num_resamples", "num_permutations", "seed"))
+
+
+def resampling() -> "Resampling":
+    """The flags of the statistics group."""
+    from jaxgrad.analysis import Resampling
+
+    v = flags.FLAGS
+    return Resampling(v.level, v.num_resamples, v.num_permutations, v.seed)
+
+
+def split_pair(name: str, value: str) -> tuple[str, str]:
+    """A=B of the flag `name`."""
+    first, equals, second = value.partition("=")
+    if not (first.strip() and equals and second.strip()):
+        raise UserError(f"--{name}: {value!r} is not of the form A=B")
+    return first.strip(), second.strip()
+
+
+def define_study_flags() -> FlagGroup:
+    """A study: its file, its place, and what is done of it."""
+    flags.DEFINE_string("config", None, "The study's TOML file, such as configs/demo.toml.")
+    flags.DEFINE_string(
+        "output_dir", None, "Directory for runs and report. Not given: runs/NAME of the file."
+    )
+    flags.DEFINE_integer(
+        "limit",
+        None,
+        "How many examples of each data file at most. Not given: as the file says.",
+        lower_bound=1,
+    )
+    flags.DEFINE_bool("dry_run", False, "Print the cells, and what of them is there; do nothing.")
+    flags.DEFINE_bool("report_only", False, "Measure nothing; report the cells that are finished.")
+    flags.DEFINE_bool("progress", True, "Show progress bars.")
+    names = ("config", "output_dir", "limit", "dry_run", "report_only", "progress")
+    return FlagGroup("Study", names)
+
+
 def required(name: str, what: str) -> str:
     """The value of a flag that has to be given."""
     value = flags.FLAGS[name].value
@@ -257,7 +319,7 @@ def required(name: str, what: str) -> str:
 
 def analyze_options() -> "AnalyzeOptions":
     """The flags of the protocol, measure and compute groups as options."""
-    from jaxgrad.pipeline import AnalyzeOptions
+    from jaxgrad.options import AnalyzeOptions
 
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(AnalyzeOptions)]

@@ -11,3 +11,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class OutputError(UserError):
+    """The output directory cannot be used: full, locked, unwritable, or another run's.
+
+    Going on with other data or another model would not help, unlike after any other `UserError`.
+    """

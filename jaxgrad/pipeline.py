@@ -7,19 +7,17 @@ interrupted run, and is what `bin/analyze` calls.
 import dataclasses
 import datetime
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from tqdm import tqdm
 
 from jaxgrad.batches import Batch, batch_arrays, count_shapes, plan_batches, shape_bound
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings, Method
 from jaxgrad.models import Checkpoint, DecoderConfig, LoadedModel, open_checkpoint
+from jaxgrad.options import AnalyzeOptions
 from jaxgrad.program import Programs
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.rows import example_results, skipped_result
@@ -32,59 +30,27 @@ from jaxgrad.run_info import (
     session_info,
     summary_lines,
 )
-from jaxgrad.tokens import (
-    Protocol,
-    TokenizedExample,
-    read_date,
-    tokenize_all,
-    tokens_digest,
-    uses_chat,
-)
+from jaxgrad.tokens import TokenizedExample, read_date, tokenize_all, tokens_digest, uses_chat
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
 # less; fewer would show results sooner.
 WINDOW = 256
-# Padded tokens of a batch. One example at a time on a CPU: full batches of four are 20 % faster, but
-# few are full, and an example's bits would depend on its neighbours (BUILD_NOTES.md).
-DEFAULT_BATCH_TOKENS = {"cpu": 1, "gpu": 8192, "tpu": 8192}
 AUTHORS_FILE = "authors.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class AnalyzeOptions:
-    """What to measure and how; every field stands behind a flag of `bin/analyze`.
+class Job:
+    """A slice of a data file that is to be measured into a directory.
 
     Attributes:
-        protocol: "paper" (the authors', to compare with) or "clean" (see `tokens`).
-        chat: whether the chat template is used; "auto" means where the tokenizer has one.
-        parameters: "attention", "mlp", "all", or a regular expression on the weights' names.
-        batch_tokens: padded tokens of a batch; None for the backend's default.
-        date: YYYY-MM-DD, the day that chat templates print which ask for one; None for today, or for
-            the day of the run that is continued.
+        options: the session's; the date may be the directory's own.
+        identity: what the numbers depend on and is known before a model is opened.
     """
 
-    protocol: Literal["paper", "clean"] = "paper"
-    chat: Literal["auto", "yes", "no"] = "auto"
-    max_length: int = 1024
-    parameters: str = "attention"
-    method: Method = "auto"
-    spectrum: bool = False
-    extremes: bool = False
-    similarity: bool = False
-    batch_tokens: int | None = None
-    dtype: str = "float32"
-    precision: str = "highest"
-    date: str | None = None
-
-    def protocol_for(self, tokenizer: Any) -> Protocol:
-        """How this tokenizer's examples become tokens.
-
-        Raises:
-            UserError: an option that does not fit; see `Protocol` and `uses_chat`.
-        """
-        chat = uses_chat(tokenizer, self.chat)
-        date = None if self.date is None else read_date(self.date)
-        return Protocol(self.protocol, chat, self.max_length, date)
+    data: DataSet
+    output_dir: Path
+    options: AnalyzeOptions
+    identity: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +89,7 @@ def analyze(
     """
     options = dataclasses.replace(options, dtype=model.dtype)
     tokenized = _tokenize(model.tokenizer, model.config, examples, options)
-    programs = Programs(model.config, model.dtype, _settings(model.config, options))
+    programs = Programs(model.config, model.dtype, options.settings_for(model.config))
     for window in _windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
         for batch in window.batches:
@@ -148,11 +114,6 @@ class Session:
         return open_checkpoint(self._model_path)
 
     @functools.cached_property
-    def program_bytes(self) -> int:
-        """What the process held before the weights; the first use must come before `model`'s."""
-        return resident_bytes()
-
-    @functools.cached_property
     def model(self) -> LoadedModel:
         """The model with its weights."""
         return self.checkpoint.load(self.options.dtype, progress=self._progress)
@@ -161,7 +122,60 @@ class Session:
     def programs(self) -> Programs:
         """The compiled programs."""
         config = self.checkpoint.config
-        return Programs(config, self.options.dtype, _settings(config, self.options))
+        return Programs(config, self.options.dtype, self.options.settings_for(config))
+
+    def run(self, job: Job, *, say: Callable[[str], None], progress: bool) -> RunSummary:
+        """Measure a job, or what is left of it.
+
+        A finished run that was made from these very model files is reused, and nothing is said.
+
+        Args:
+            job: from `plan_job`.
+            say: takes the lines for the user.
+            progress: show a bar on stderr.
+
+        Raises:
+            OutputError: `job.output_dir` cannot be written or holds another run.
+            UserError: the model cannot be loaded, or does not fit the options or the data.
+        """
+        checkpoint, options = self.checkpoint, job.options
+        earlier = _finished_before(job.output_dir, checkpoint)
+        if earlier is not None:
+            return RunSummary(job.output_dir, earlier, reused=True)
+        tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, job.data.examples, options)
+        windows = _windows(tokenized, options)
+        shapes = count_shapes(batch for window in windows for batch in window.batches)
+        programs, before = self.programs, self.programs.tally
+        if shapes:
+            largest = max(shapes, key=lambda s: (s.num_examples * s.num_tokens, s.num_responses))
+            say(memory_line(programs.memory(largest), _program_bytes()))
+        chat = uses_chat(checkpoint.tokenizer, options.chat)
+        say(
+            f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
+            f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
+            f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
+            f"{'chat template' if chat else 'plain text'}; "
+            f"{len(shapes)} batch shapes (bound {shape_bound(options.max_length)})"
+        )
+        identity = job.identity | {
+            "model": {
+                "weights_sha256": self.model.fingerprint,
+                "config": dataclasses.asdict(checkpoint.config),
+            },
+            "tokens_sha256": tokens_digest(tokenized),
+        }
+        info = session_info(checkpoint, job.data)
+        with RunDirectory.open(job.output_dir, identity, info) as store:
+            if not store.finished:
+                _run_windows(store, windows, programs, self.model, progress)
+                compiled = programs.tally_since(before)
+                store.finish(count_results(tokenized, job.output_dir, compiled))
+            counts = store.run["counts"]
+        for line in summary_lines(counts):
+            say(line)
+        places = ", ".join(f"{job.output_dir}/{n}" for n in ("examples", "matrices", "run.json"))
+        say(f"results: {places}")
+        return RunSummary(job.output_dir, counts, reused=False)
 
 
 def run_analysis(
@@ -206,67 +220,75 @@ def run_analysis(
         raise UserError(
             "--data_path: two files have the same name, and each run's directory is named after its file"
         )
-    options = dataclasses.replace(options, date=_date_of(list(places.values()), options))
+    dates = [recorded_date(directory) for directory in places.values()]
+    options = dataclasses.replace(options, date=date_for(options, dates))
     jobs = []
     for path, directory in places.items():
         data = read_examples(path, start=start, limit=limit, fields=fields)
-        asked = _asked_identity(data, options, start, limit)
-        RunDirectory.check_compatible(directory, asked)
-        RunDirectory.probe(directory)
-        jobs.append((data, directory, asked))
+        jobs.append(plan_job(data, directory, options, start=start, limit=limit))
     session = Session(model_path, options, progress=progress)
     summaries = []
-    for data, directory, asked in jobs:
-        summaries.append(_run_one(session, data, directory, asked, say, progress))
+    for job in jobs:
+        summaries.append(session.run(job, say=say, progress=progress))
+        if summaries[-1].reused:
+            say(f"{job.output_dir} holds this run already, finished: nothing to compute")
         if output_format == "jsonl":
-            _write_jsonl(directory, options, say)
+            _write_jsonl(job.output_dir, options, say)
     return summaries
 
 
-def _run_one(
-    session: Session,
-    data: DataSet,
-    output_dir: Path,
-    asked: dict[str, Any],
-    say: Callable[[str], None],
-    progress: bool,
-) -> RunSummary:
-    checkpoint, options = session.checkpoint, session.options
-    earlier = _finished_before(output_dir, checkpoint)
-    if earlier is not None:
-        say(f"{output_dir} holds this run already, finished: nothing to compute")
-        return RunSummary(output_dir, earlier, reused=True)
-    tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, data.examples, options)
-    windows = _windows(tokenized, options)
-    shapes = count_shapes(batch for window in windows for batch in window.batches)
-    programs, before = session.programs, session.programs.tally
-    if shapes:
-        largest = max(shapes, key=lambda s: (s.num_examples * s.num_tokens, s.num_responses))
-        say(memory_line(programs.memory(largest), session.program_bytes))
-    chat = uses_chat(checkpoint.tokenizer, options.chat)
-    say(
-        f"{model_line(checkpoint, options.dtype)} on {data.path}: "
-        f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
-        f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
-        f"{'chat template' if chat else 'plain text'}; "
-        f"{len(shapes)} batch shapes (bound {shape_bound(options.max_length)})"
-    )
-    identity = asked | {
-        "model": {
-            "weights_sha256": session.model.fingerprint,
-            "config": dataclasses.asdict(checkpoint.config),
-        },
-        "tokens_sha256": tokens_digest(tokenized),
+def plan_job(
+    data: DataSet, output_dir: Path, options: AnalyzeOptions, *, start: int, limit: int | None
+) -> Job:
+    """A job whose directory is there to be written, or holds this very run.
+
+    Args:
+        data: from `read_examples` with the same `start` and `limit`.
+        output_dir: made when the job is run.
+        options: with their date, see `date_for`.
+        start: index of the first example.
+        limit: how many examples at most.
+
+    Raises:
+        OutputError: the directory cannot be written or holds another run.
+    """
+    identity = asked_identity(options, start, limit)
+    identity["data"]["sha256"] = data.sha256
+    RunDirectory.check_compatible(output_dir, identity)
+    RunDirectory.probe(output_dir)
+    return Job(data, output_dir, options, identity)
+
+
+def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
+    """What of a run's identity follows from its flags alone."""
+    return {
+        "data": {"start": start, "limit": limit},
+        "options": dataclasses.asdict(options) | {"batch_tokens": options.tokens_of_a_batch},
+        "window": WINDOW,
     }
-    with RunDirectory.open(output_dir, identity, session_info(checkpoint, data)) as store:
-        if not store.finished:
-            _run_windows(store, windows, programs, session.model, progress)
-            store.finish(count_results(tokenized, output_dir, programs.tally_since(before)))
-        counts = store.run["counts"]
-    for line in summary_lines(counts):
-        say(line)
-    say(f"results: {output_dir}/examples, {output_dir}/matrices, {output_dir}/run.json")
-    return RunSummary(output_dir, counts, reused=False)
+
+
+def recorded_date(output_dir: Path) -> str | None:
+    """The date of the run that stands in a directory; None where there is no run.
+
+    Raises:
+        OutputError: its run.json is damaged.
+    """
+    run = load_run(output_dir)
+    return run["identity"].get("options", {}).get("date") if run else None
+
+
+def date_for(options: AnalyzeOptions, recorded: Iterable[str | None]) -> str:
+    """The day that chat templates print: as asked, as in the first run that is there, or today."""
+    if options.date is not None:
+        return read_date(options.date).isoformat()
+    return next(filter(None, recorded), None) or datetime.date.today().isoformat()
+
+
+@functools.cache
+def _program_bytes() -> int:
+    # Once a process, before its first weights: the most memory ever had does not shrink with them.
+    return resident_bytes()
 
 
 def _run_windows(
@@ -308,17 +330,6 @@ def _measure(
     return example_results(members, loss_B, statistics, programs.selection, model.config)
 
 
-def _settings(config: Any, options: AnalyzeOptions) -> MeasureSettings:
-    return MeasureSettings(
-        selection=select_parameters(config, options.parameters),
-        method=options.method,
-        spectrum=options.spectrum,
-        extremes=options.extremes,
-        similarity=options.similarity,
-        precision=options.precision,
-    )
-
-
 def _tokenize(
     tokenizer: Any, config: DecoderConfig, examples: Sequence[Example], options: AnalyzeOptions
 ) -> list[TokenizedExample]:
@@ -339,44 +350,15 @@ def _tokenize(
     return tokenized
 
 
-def _batch_tokens(options: AnalyzeOptions) -> int:
-    if options.batch_tokens is not None:
-        return options.batch_tokens
-    return DEFAULT_BATCH_TOKENS[jax.default_backend()]
-
-
 def _windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[_Window]:
     windows = []
     for begin in range(0, len(tokenized), WINDOW):
         part = tokenized[begin : begin + WINDOW]
         batches = plan_batches(
-            part, batch_tokens=_batch_tokens(options), max_length=options.max_length
+            part, batch_tokens=options.tokens_of_a_batch, max_length=options.max_length
         )
         windows.append(_Window(part, batches))
     return windows
-
-
-def _date_of(directories: Sequence[Path], options: AnalyzeOptions) -> str:
-    """The day that chat templates print: as asked, as in the run that is continued, or today."""
-    if options.date is not None:
-        return read_date(options.date).isoformat()
-    for directory in directories:
-        run = load_run(directory)
-        recorded = run["identity"].get("options", {}).get("date") if run else None
-        if recorded:
-            return recorded
-    return datetime.date.today().isoformat()
-
-
-def _asked_identity(
-    data: DataSet, options: AnalyzeOptions, start: int, limit: int | None
-) -> dict[str, Any]:
-    """What the numbers depend on and is known before a model is opened."""
-    return {
-        "data": {"sha256": data.sha256, "start": start, "limit": limit},
-        "options": dataclasses.asdict(options) | {"batch_tokens": _batch_tokens(options)},
-        "window": WINDOW,
-    }
 
 
 def _finished_before(output_dir: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:

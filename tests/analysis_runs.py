@@ -1,5 +1,7 @@
 """Runs for the tests of the analysis: tables with the values a test chooses, without a model."""
 
+import dataclasses
+
 import numpy as np
 
 from jaxgrad.analysis import example_set
@@ -38,6 +40,29 @@ def example(
         index, f"id-{index}", tokens + 3, 3, tokens, truncated, loss, status, reason,
         f"question {index}" if instruction is None else instruction, response, matrices,
     )  # fmt: skip
+
+
+def with_cosines(given, gradient_LPK, *, partner=True, layers=True):
+    """The example with the cosines of these flattened gradients, as a run has them.
+
+    `gradient_LPK`: one vector of K entries a matrix, layers and projections as in `example`.
+    """
+    gradient_LPK = np.asarray(gradient_LPK, np.float64)
+    names = list(dict.fromkeys(given.matrices["projection"]))
+    with np.errstate(invalid="ignore"):
+        unit_LPK = gradient_LPK / np.linalg.norm(gradient_LPK, axis=-1, keepdims=True)
+    columns = {}
+    if layers:
+        cosine_LPM = np.einsum("lpk,mpk->lpm", unit_LPK, unit_LPK)
+        columns["layer_cosines"] = list(cosine_LPM.reshape(-1, len(unit_LPK)))
+    if partner:
+        cosine_LP = np.full(unit_LPK.shape[:2], np.nan)
+        for one, two in (("q", "o"), ("k", "v")):
+            if one in names and two in names:
+                at = [names.index(one), names.index(two)]
+                cosine_LP[:, at] = np.prod(unit_LPK[:, at], axis=1).sum(axis=-1, keepdims=True)
+        columns["partner_cosine"] = cosine_LP.ravel()
+    return dataclasses.replace(given, matrices={**given.matrices, **columns})
 
 
 def results(examples, run=None, num_layers=None):

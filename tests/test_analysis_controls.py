@@ -247,3 +247,27 @@ def test_the_authors_shuffled_answers_leak(shared_data):
         pairs = pair_by_instruction(*sets)
         leaked = leaked_pairs(*sets, pairs)
         assert len(pairs) == 500 and leaked.sum() == want > 0
+
+
+def test_controls_of_two_models_only_where_that_is_asked_for():
+    """Base against instruction-tuned: the weights differ, and `same_model` says that they may."""
+    rng = np.random.default_rng(9)
+    base, tuned = (
+        set_of(
+            rng.lognormal(size=(25, L, P)),
+            label,
+            weights=label,
+            tokens=rng.integers(5, 9, 25).tolist(),
+        )
+        for label in ("base", "tuned")
+    )
+    for control in (sum_loss_contrast, matched_contrast, length_regression, leakage_contrast):
+        with pytest.raises(UserError, match="base and tuned are not comparable: model weights"):
+            control(base, tuned, resampling=FAST)
+    options = dict(same_model=False, resampling=FAST)
+    assert sum_loss_contrast(base, tuned, **options).first.statistic == "sum_loss_norm"
+    match, matched = matched_contrast(base, tuned, **options)
+    assert matched is not None and len(matched.pairs) == len(match.pairs) > 0
+    assert np.isfinite(length_regression(base, tuned, **options).adjusted_P.low).all()
+    leakage = leakage_contrast(base, tuned, **options)  # every response is "r"
+    assert leakage.num_leaked == 25 and leakage.without is None

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxgrad.analysis import bootstrap, curves
-from jaxgrad.analysis.intervals import bootstrap_difference, interval_from_draws
+from jaxgrad.analysis import Resampling, bootstrap, curves, intervals, resampling
+from jaxgrad.analysis.intervals import MeanDraws, bootstrap_difference, interval_from_draws
 from jaxgrad.analysis.resampling import resample_weights, strata_of
 from jaxgrad.errors import UserError
 
@@ -55,7 +55,7 @@ def test_one_set_agrees_with_scipys_own_resampling(method):
         )  # fmt: skip
         return theirs.confidence_interval
 
-    ours = bootstrap(curves.mad, sample, method=method, num_resamples=20000)
+    ours = bootstrap(curves.mad, sample, method=method, resampling=Resampling(num_resamples=20000))
     for p in range(P):
         theirs = one_by_one(p)
         width = theirs.high - theirs.low
@@ -78,7 +78,8 @@ def test_two_sets_agree_with_scipy(paired):
     ).confidence_interval
     ours = bootstrap(
         curves.relative_difference, first[:, None, None], second[:, None, None], method="bca",
-        pairs=(np.arange(37),) * 2 if paired else None, num_resamples=20000,
+        pairs=(np.arange(37),) * 2 if paired else None,
+        resampling=Resampling(num_resamples=20000),
     )  # fmt: skip
     width = theirs.high - theirs.low
     assert abs(ours.low.item() - theirs.low) < 0.05 * width
@@ -100,6 +101,34 @@ def test_pairs_in_any_order_and_those_without_partner():
     np.testing.assert_array_equal(first_RE[:, 2] * 4, second_RE[:, 4] * 5)
 
 
+def test_remembered_weights_are_those_of_their_own_arguments():
+    pairs = (np.array([2, 0]), np.array([4, 1]))
+    asked = [
+        ((4, 5), pairs, 0),
+        ((4, 5), pairs, 1),
+        ((4, 5), (pairs[0][::-1], pairs[1]), 0),
+        ((4, 5), None, 0),
+    ]
+    asked += [((5, 4), pairs[::-1], 0), ((9,), None, 0), ((4, 5), pairs, 0)]
+
+    def weights(sizes, pairs, seed):
+        (block,) = resample_weights(sizes, strata_of(sizes, pairs), 50, seed)
+        return block
+
+    alone = []
+    for arguments in asked:
+        resampling._remembered_block.cache_clear()
+        alone.append(weights(*arguments))
+    for arguments, want in zip(asked, alone, strict=True):
+        for _ in range(2):
+            found = weights(*arguments)
+            assert len(found) == len(want)
+            for one, two in zip(found, want, strict=True):
+                np.testing.assert_array_equal(one, two)
+                assert not one.flags.writeable
+    assert (alone[0][0] != alone[1][0]).any() and (alone[0][0] != alone[3][0]).any()
+
+
 def test_many_examples_come_in_blocks():
     sizes = (300_000,)
     blocks = list(resample_weights(sizes, strata_of(sizes), 30, seed=0))
@@ -118,9 +147,34 @@ def test_paired_examples_narrow_a_contrast():
 
 def test_the_same_seed_gives_the_same_interval():
     values = log_normal(np.random.default_rng(5), 30, np.ones((L, P)))
-    a, b, c = (bootstrap(identity, values, seed=seed) for seed in (1, 1, 2))
+    a, b, c = (bootstrap(identity, values, resampling=Resampling(seed=seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(a.low, b.low)
     assert (a.low != c.low).any()
+
+
+def test_statistics_that_share_their_draws_have_the_intervals_of_their_own(monkeypatch):
+    rng = np.random.default_rng(13)
+    sets = log_normal(rng, 30, np.ones((L, P))), log_normal(rng, 24, np.ones((L, P)))
+    options = dict(pairs=(np.arange(9),) * 2, resampling=Resampling(level=0.9, seed=3))
+    wanted = [
+        bootstrap(curves.relative_difference, *sets, **options),
+        bootstrap(curves.mean_absolute_rd, *sets, method="bca", **options),
+        bootstrap_difference(curves.mad, *sets, **options),
+    ]
+    drawn = []
+    draw = intervals.resample_weights
+    monkeypatch.setattr(intervals, "resample_weights", lambda *a: drawn.append(a) or draw(*a))
+    draws = MeanDraws(*sets, **options)
+    found = [
+        draws.interval(curves.relative_difference),
+        draws.interval(curves.mean_absolute_rd, "bca"),
+        draws.difference(curves.mad),
+    ]
+    assert len(drawn) == 1
+    for one, two in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one.low, two.low)
+        np.testing.assert_array_equal(one.high, two.high)
+        assert (one.level, one.method, one.num_resamples) == (0.9, two.method, 2000)
 
 
 @pytest.mark.parametrize("method", ["percentile", "basic", "bca", "debiased"])
@@ -176,10 +230,14 @@ def test_the_debiased_interval_by_hand():
 
 def test_what_cannot_be_asked():
     values = np.ones((3, L, P))
-    with pytest.raises(UserError, match=r"level is 95"):
-        bootstrap(identity, values, level=95)
-    with pytest.raises(UserError, match="num_resamples is 10"):
-        bootstrap(identity, values, num_resamples=10)
+    for level in (0, 1, 95, float("nan")):
+        with pytest.raises(UserError, match=f"level is {level}: give a coverage"):
+            Resampling(level=level)
+    for name in ("num_resamples", "num_permutations"):
+        with pytest.raises(UserError, match=f"{name} is 10: give 100 or more"):
+            Resampling(**{name: 10})
+    with pytest.raises(UserError, match="seed is -1"):
+        Resampling(seed=-1)
     with pytest.raises(ValueError, match="not finite"):
         bootstrap(identity, values * np.nan)
     with pytest.raises(ValueError, match="empty"):
@@ -205,7 +263,11 @@ def coverage(statistic, sets, method, *, paired=False, layers=18, step=0.5, seed
             common = np.exp(0.3 * rng.normal(size=(NUM_EXAMPLES, 1, 1)) - 0.3**2 / 2)
             values = [common * value for value in values]
         interval = bootstrap(
-            statistic, *values[:sets], pairs=pairs, method=method, num_resamples=500, seed=study
+            statistic,
+            *values[:sets],
+            pairs=pairs,
+            method=method,
+            resampling=Resampling(num_resamples=500, seed=study),
         )
         target = statistic(*truth[:sets])
         hits.append(((interval.low <= target) & (target <= interval.high)).mean())
@@ -241,7 +303,9 @@ def test_coverage_of_a_difference_of_mad(step, noise):
             log_normal(rng, NUM_EXAMPLES, curve, noise=n)
             for curve, n in zip(truths, (0.3, noise), strict=True)
         ]
-        interval = bootstrap_difference(curves.mad, *values, num_resamples=500, seed=study)
+        interval = bootstrap_difference(
+            curves.mad, *values, resampling=Resampling(num_resamples=500, seed=study)
+        )
         target = curves.mad(truths[1]) - curves.mad(truths[0])
         hits.append(((interval.low <= target) & (target <= interval.high)).mean())
     print(f"coverage: MAD difference, step {step}, noise {noise} {100 * np.mean(hits):.1f} %")

@@ -16,7 +16,7 @@ import jaxgrad
 from jaxgrad import reference
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Example, Message
-from jaxgrad.pipeline import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions
 from jaxgrad.reference.compare import check_tokens
 from jaxgrad.tokens import Protocol, tokenize
 

@@ -26,7 +26,7 @@ from jaxgrad.examples import Example, Message
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings
 from jaxgrad.models import load_model
-from jaxgrad.pipeline import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions
 from jaxgrad.program import Programs
 from jaxgrad.reference.compare import STATISTICS, check_tokens
 from jaxgrad.reference.torch_procedure import float32_means_float64, select_weights

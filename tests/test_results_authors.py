@@ -211,11 +211,11 @@ def written(tmp_path, *records):
 
 
 def test_files_of_the_authors_own_program(tmp_path):
-    """Blank lines, the follow-up's similarities, NaN as Python prints it, a zero gradient."""
+    """Blank lines, similarities of nothing, NaN as Python prints it, a zero gradient."""
     zero = {"M_mean": 0.0, "frobenius_norm": 0.0, "S_list": [0.0, 0.0, 0.0]}
     path = written(
         tmp_path,
-        record(cosine_sim={"q_proj": {}}, cosine_sim_qkvo={"0": {}}),
+        record(cosine_sim={}, cosine_sim_qkvo={"2": {}}),
         record(loss=math.nan),
         record(**{ORDER[1]: {"S_sum": math.inf}}),
         record(**{ORDER[0]: zero}),

@@ -9,7 +9,8 @@ import torch
 from test_parity import LONG, OPTIONS, Case
 
 from jaxgrad import reference
-from jaxgrad.pipeline import AnalyzeOptions, analyze
+from jaxgrad.options import AnalyzeOptions
+from jaxgrad.pipeline import analyze
 from jaxgrad.reference.weights import select_weights
 from jaxgrad.spectra import matrix_similarities, similarities
 

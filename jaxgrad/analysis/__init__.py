@@ -4,8 +4,8 @@
                two of them -> contrast -> RD, sign-flip p, AUC, counts; and the controls of `controls`
 
 `curves` reads statistics off mean curves; `resampling` draws examples, `intervals` makes limits of the
-draws; `pairing` says which sets and examples belong together, `separation` has p and AUC; `summary` is
-the short table of `bin/summarize`.
+draws; `pairing` says which sets and examples belong together, `separation` has p and AUC; `similarity`
+averages cosines; `summary` is the short table of `bin/summarize`.
 
 To the package's dimension key come, in this stage alone:
 
@@ -29,6 +29,7 @@ from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.pairing import check_comparable, pair_by_instruction
 from jaxgrad.analysis.resampling import Resampling
 from jaxgrad.analysis.separation import chance_smaller, sign_flip_test
+from jaxgrad.analysis.similarity import Similarity, mean_similarity
 from jaxgrad.analysis.summary import mean_curves, summary_table
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "LengthMatch",
     "LengthRegression",
     "Resampling",
+    "Similarity",
     "Values",
     "bootstrap",
     "chance_smaller",
@@ -54,6 +56,7 @@ __all__ = [
     "matched_contrast",
     "mean_absolute_difference",
     "mean_curves",
+    "mean_similarity",
     "pair_by_instruction",
     "segments",
     "sign_flip_test",

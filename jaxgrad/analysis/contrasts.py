@@ -1,6 +1,5 @@
 """One set described, and two sets compared: every number with its interval, and who was counted."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 
 from jaxgrad.analysis import curves
 from jaxgrad.analysis.example_set import ExampleSet, Values
-from jaxgrad.analysis.intervals import Interval, Method, bootstrap, bootstrap_difference
+from jaxgrad.analysis.intervals import Interval, MeanDraws
 from jaxgrad.analysis.pairing import Pairs, check_comparable, pair_by_instruction
 from jaxgrad.analysis.resampling import Resampling, joined
 from jaxgrad.analysis.separation import SignFlip, chance_smaller, sign_flip_test
@@ -40,22 +39,20 @@ class Description:
 def describe(values: Values, resampling: Resampling = Resampling()) -> Description:
     """Mean curve, its mean, MAD and segment MAD of one set, with intervals."""
     mad = segment = note = None
-
-    def interval(statistic: Callable[..., np.ndarray], method: Method = "percentile") -> Interval:
-        return _interval(statistic, (values,), None, method, resampling)
-
+    draws = MeanDraws(values.value_ELP, resampling=resampling)
     if not values.examples.has_every_layer:
         note = "no MAD: not every layer of the model was measured"
     else:
-        mad = interval(curves.mad, "debiased")
+        mad = draws.interval(curves.mad, "debiased")
         if len(values.examples.layers) < len(curves.SEGMENTS):
             note = "no segments: fewer than three layers"
         else:
-            segment = interval(curves.segment_mad, "debiased")
+            segment = draws.interval(curves.segment_mad, "debiased")
     for name, of in (("MAD", mad), ("MAD by segment", segment)):
         if of is not None and of.note is not None:
             note = joined(note, f"{name}: {of.note}")
-    return Description(values, interval(_identity), interval(_over_layers), mad, segment, note)
+    curve, mean = draws.interval(_identity), draws.interval(_over_layers)
+    return Description(values, curve, mean, mad, segment, note)
 
 
 @dataclass(frozen=True)
@@ -171,27 +168,18 @@ def contrast(
             "given pairs do not fit. Pair the sets of `.values(statistic).examples` instead."
         )
 
-    def interval(statistic: Callable[..., np.ndarray], method: Method = "percentile") -> Interval:
-        return _interval(statistic, (one, two), pairs, method, resampling)
+    draws = MeanDraws(one.value_ELP, two.value_ELP, pairs=pairs.places, resampling=resampling)
 
     def about(name: str, of: Interval) -> str | None:
         return None if of.note in (None, rd_LP.note) else f"{name}: {of.note}"
 
-    rd_LP = interval(curves.relative_difference)
-    absolute = interval(curves.mean_absolute_rd, "debiased")
+    rd_LP = draws.interval(curves.relative_difference)
+    absolute = draws.interval(curves.mean_absolute_rd, "debiased")
     if np.isnan(rd_LP.estimate).any():
         note = joined(note, "no RD where the reference is zero")
     mad_difference = None
     if one.examples.has_every_layer and two.examples.has_every_layer:
-        mad_difference = bootstrap_difference(
-            curves.mad,
-            one.value_ELP,
-            two.value_ELP,
-            pairs=pairs.places,
-            level=resampling.level,
-            num_resamples=resampling.num_resamples,
-            seed=resampling.seed,
-        )
+        mad_difference = draws.difference(curves.mad)
         note = joined(note, about("MAD difference", mad_difference))
     else:
         note = joined(note, "no MAD: not every layer of the model was measured")
@@ -200,24 +188,17 @@ def contrast(
         first=one,
         second=two,
         pairs=pairs,
-        difference_P=interval(lambda a, b: (b - a).mean(axis=-2)),
-        ratio_P=interval(_ratio),
+        difference_P=draws.interval(lambda a, b: (b - a).mean(axis=-2)),
+        ratio_P=draws.interval(_ratio),
         rd_LP=rd_LP,
         mean_absolute_rd_P=absolute,
         mad_difference_P=mad_difference,
         largest=curves.largest_layers(rd_LP.estimate),
         sign_flip=sign_flip_test(
-            per_second[pairs.second] - per_first[pairs.first],
-            num_permutations=resampling.num_permutations,
-            seed=resampling.seed,
+            per_second[pairs.second] - per_first[pairs.first], resampling=resampling
         ),
         chance_smaller_P=chance_smaller(
-            per_first,
-            per_second,
-            pairs=pairs.places,
-            level=resampling.level,
-            num_resamples=resampling.num_resamples,
-            seed=resampling.seed,
+            per_first, per_second, pairs=pairs.places, resampling=resampling
         ),
         note=joined(note, rd_LP.note, about("mean |RD|", absolute)),
     )
@@ -234,21 +215,3 @@ def _over_layers(curve_LP: np.ndarray) -> np.ndarray:
 def _ratio(first_LP: np.ndarray, second_LP: np.ndarray) -> np.ndarray:
     first_P, second_P = _over_layers(first_LP), _over_layers(second_LP)
     return np.where(first_P == 0, np.nan, second_P / np.where(first_P == 0, 1.0, first_P))
-
-
-def _interval(
-    statistic: Callable[..., np.ndarray],
-    sets: tuple[Values, ...],
-    pairs: Pairs | None,
-    method: Method,
-    resampling: Resampling,
-) -> Interval:
-    return bootstrap(
-        statistic,
-        *(values.value_ELP for values in sets),
-        pairs=None if pairs is None else pairs.places,
-        method=method,
-        level=resampling.level,
-        num_resamples=resampling.num_resamples,
-        seed=resampling.seed,
-    )

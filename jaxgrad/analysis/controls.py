@@ -7,7 +7,6 @@ the dependence round, matching keeps only the lengths that both sets have, and t
 extrapolation where they have none in common. Each says how far it reaches.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxgrad.analysis.contrasts import Contrast, contrast
 from jaxgrad.analysis.example_set import ExampleSet
-from jaxgrad.analysis.intervals import Interval, bootstrap
+from jaxgrad.analysis.intervals import Interval, MeanDraws
 from jaxgrad.analysis.pairing import Pairs, check_comparable, pair_by_instruction
 from jaxgrad.analysis.resampling import Resampling, joined
 from jaxgrad.errors import UserError
@@ -27,14 +26,18 @@ _NO_SPREAD = 1e-9
 
 
 def sum_loss_contrast(
-    first: ExampleSet, second: ExampleSet, *, resampling: Resampling = Resampling()
+    first: ExampleSet,
+    second: ExampleSet,
+    *,
+    same_model: bool = True,
+    resampling: Resampling = Resampling(),
 ) -> Contrast:
     """The contrast of the nuclear norm for the sum instead of the mean of the token losses.
 
     Raises:
         UserError: As `contrast`, and where the response tokens are unknown.
     """
-    return contrast(first, second, "sum_loss_norm", resampling=resampling)
+    return contrast(first, second, "sum_loss_norm", same_model=same_model, resampling=resampling)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def matched_contrast(
     statistic: str = "nuclear_norm",
     *,
     caliper: float = DEFAULT_CALIPER,
+    same_model: bool = True,
     resampling: Resampling = Resampling(),
 ) -> tuple[LengthMatch, Contrast | None]:
     """The contrast between examples matched on length; None where no two match.
@@ -122,13 +126,18 @@ def matched_contrast(
     Raises:
         UserError: As `match_response_tokens` and `contrast`.
     """
-    check_comparable(first, second)
+    check_comparable(first, second, same_model=same_model)
     usable = (first.values(statistic).examples, second.values(statistic).examples)
     match = match_response_tokens(*usable, caliper=caliper)
     if len(match.pairs) == 0:
         return match, None
     return match, contrast(
-        match.first, match.second, statistic, pairs=match.pairs, resampling=resampling
+        match.first,
+        match.second,
+        statistic,
+        pairs=match.pairs,
+        same_model=same_model,
+        resampling=resampling,
     )
 
 
@@ -163,6 +172,7 @@ def length_regression(
     statistic: str = "nuclear_norm",
     *,
     log_value: bool = True,
+    same_model: bool = True,
     resampling: Resampling = Resampling(),
 ) -> LengthRegression:
     """How much of a contrast a log-length term takes over.
@@ -178,6 +188,7 @@ def length_regression(
         statistic: Of which an example's y is the mean over layers.
         log_value: Take its logarithm: a norm falls with length by a factor, and exp(b) is the ratio of
             the sets. Without it y is the value itself.
+        same_model: See `check_comparable`.
         resampling: See there.
 
     Returns:
@@ -188,7 +199,7 @@ def length_regression(
         UserError: Sets that cannot be compared, unknown response tokens, or a value that is not
             positive with `log_value`.
     """
-    note = check_comparable(first, second)
+    note = check_comparable(first, second, same_model=same_model)
     values = [_with_lengths(examples).values(statistic) for examples in (first, second)]
     sets = [value.examples for value in values]
     y = [value.per_example for value in values]
@@ -224,17 +235,8 @@ def length_regression(
     def adjusted(one: np.ndarray, two: np.ndarray) -> np.ndarray:
         return plain(one, two) - slope(one, two) * (two[:, 0] - one[:, 0])
 
-    def interval(statistic_of: Callable[..., np.ndarray]) -> Interval:
-        return bootstrap(
-            statistic_of,
-            *moments,
-            pairs=pairs.places,
-            level=resampling.level,
-            num_resamples=resampling.num_resamples,
-            seed=resampling.seed,
-        )
-
-    without, beside, of_length = interval(plain), interval(adjusted), interval(slope)
+    draws = MeanDraws(*moments, pairs=pairs.places, resampling=resampling)
+    without, beside, of_length = (draws.interval(of) for of in (plain, adjusted, slope))
     overlap = _overlap(*(part[:, 0] for part in x))
     if np.isnan(beside.estimate).any():
         note = joined(note, "no adjusted contrast: the length does not vary within the sets")
@@ -271,6 +273,7 @@ def leakage_contrast(
     irrelevant: ExampleSet,
     statistic: str = "nuclear_norm",
     *,
+    same_model: bool = True,
     resampling: Resampling = Resampling(),
 ) -> Leakage:
     """The contrast of correct and irrelevant responses, with and without the pairs that leak.
@@ -280,7 +283,9 @@ def leakage_contrast(
     Raises:
         UserError: As `contrast`.
     """
-    everything = contrast(correct, irrelevant, statistic, resampling=resampling)
+    everything = contrast(
+        correct, irrelevant, statistic, same_model=same_model, resampling=resampling
+    )
     pairs = pair_by_instruction(correct, irrelevant)
     leaked = leaked_pairs(correct, irrelevant, pairs)
     kept = []
@@ -290,7 +295,9 @@ def leakage_contrast(
         kept.append(examples.subset(keep_E, "irrelevant response equals the correct one"))
     without = None
     if min(examples.num_examples for examples in kept):
-        without = contrast(kept[0], kept[1], statistic, resampling=resampling)
+        without = contrast(
+            kept[0], kept[1], statistic, same_model=same_model, resampling=resampling
+        )
     return Leakage(len(pairs), int(leaked.sum()), everything, without)
 
 

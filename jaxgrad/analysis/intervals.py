@@ -46,9 +46,9 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from jaxgrad.analysis.resampling import (
+    Resampling,
     Stratum,
     caution,
-    check_resampling,
     joined,
     refusal,
     resample_weights,
@@ -87,52 +87,124 @@ class Interval:
     note: str | None = None
 
 
+def without_limits(estimate: np.ndarray, level: float, method: str, note: str) -> Interval:
+    """An estimate of which no interval can be made; `note` says why."""
+    nothing = np.full(np.shape(estimate), np.nan)
+    return Interval(estimate, nothing, nothing, nothing, level, method, 0, note)
+
+
 def bootstrap(
     statistic: Callable[..., np.ndarray],
     *values: np.ndarray,
     pairs: tuple[np.ndarray, np.ndarray] | None = None,
     method: Method = "percentile",
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
+    resampling: Resampling = Resampling(),
 ) -> Interval:
     """The interval of a statistic of the mean over examples of one set or of two.
 
     Args:
-        statistic: Takes each set's means, with an axis of resamples before theirs ([R, L, P] for
-            curves), and returns [R, ...].
-        values: For each set [E, ...], finite.
+        statistic: See `MeanDraws.interval`.
+        values: See `MeanDraws`.
         pairs: See `strata_of`.
         method: See `interval_from_draws`.
-        level: Nominal coverage.
-        num_resamples: R.
-        seed: The same seed gives the same interval.
+        resampling: See there.
 
     Returns:
         An interval of the statistic's shape; see `refusal` for when it has no limits.
 
     Raises:
-        UserError: A level outside (0, 1), or fewer than 100 resamples.
         ValueError: A set is empty, or a value is not finite.
     """
-    check_resampling(level, num_resamples)
-    sizes = [len(value) for value in values]
-    if min(sizes) == 0 or not all(np.isfinite(value).all() for value in values):
-        raise ValueError("bootstrap: a set is empty, or a value is not finite")
-    strata = strata_of(sizes, pairs)
-    means = [value.mean(axis=0) for value in values]
-    estimate = statistic(*(mean[None] for mean in means))[0]
-    note = refusal(sizes, strata)
-    if note is not None:
-        nothing = np.full(np.shape(estimate), np.nan)
-        return Interval(estimate, nothing, nothing, nothing, level, method, 0, note)
-    draws_R = _draws(statistic, values, strata, num_resamples, seed)
-    acceleration = None
-    if method == "bca":
-        acceleration = _acceleration(
-            [statistic(*left) for left in _leave_one_out(values, means, strata)]
+    return MeanDraws(*values, pairs=pairs, resampling=resampling).interval(statistic, method)
+
+
+class MeanDraws:
+    """The means over examples of one set or of two, and of their resamples.
+
+    The draws are made once, so that several statistics of the same sets share them. They are those
+    of `bootstrap` with the same arguments, and so are the intervals.
+    """
+
+    def __init__(
+        self,
+        *values: np.ndarray,
+        pairs: tuple[np.ndarray, np.ndarray] | None = None,
+        resampling: Resampling = Resampling(),
+    ):
+        """Draws.
+
+        Args:
+            values: For each set [E, ...], finite.
+            pairs: See `strata_of`.
+            resampling: See there.
+
+        Raises:
+            ValueError: A set is empty, or a value is not finite.
+        """
+        sizes = [len(value) for value in values]
+        if min(sizes) == 0 or not all(np.isfinite(value).all() for value in values):
+            raise ValueError("bootstrap: a set is empty, or a value is not finite")
+        self._values = values
+        self._strata = strata_of(sizes, pairs)
+        self._resampling = resampling
+        self._refusal = refusal(sizes, self._strata)
+        self._caution = caution(sizes)
+        self._means = [value.mean(axis=0) for value in values]
+        self._means_R: list[np.ndarray] = []
+        if self._refusal is None:
+            self._means_R = _resampled_means(values, self._strata, resampling)
+
+    def interval(
+        self, statistic: Callable[..., np.ndarray], method: Method = "percentile"
+    ) -> Interval:
+        """The interval of a statistic of the means.
+
+        Args:
+            statistic: Takes each set's means, with an axis of resamples before theirs ([R, L, P]
+                for curves), and returns [R, ...].
+            method: See `interval_from_draws`.
+
+        Returns:
+            An interval of the statistic's shape; see `refusal` for when it has no limits.
+        """
+        level = self._resampling.level
+        estimate = statistic(*(mean[None] for mean in self._means))[0]
+        if self._refusal is not None:
+            return without_limits(estimate, level, method, self._refusal)
+        acceleration = None
+        if method == "bca":
+            left_out = _leave_one_out(self._values, self._means, self._strata)
+            acceleration = _acceleration([statistic(*left) for left in left_out])
+        draws_R = statistic(*self._means_R)
+        return interval_from_draws(draws_R, estimate, method, level, acceleration, self._caution)
+
+    def difference(self, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+        """The second set's mean of absolute values minus the first's; see `bootstrap_difference`."""
+        level = self._resampling.level
+        one, two = (statistic(mean[None])[0] for mean in self._means)
+        if self._refusal is not None:
+            return without_limits(two - one, level, "debiased", self._refusal)
+        one_R, two_R = (statistic(mean_R) for mean_R in self._means_R)
+        difference_R = two_R - one_R
+        bias = difference_R.mean(axis=0) - (two - one)
+        low, high = _hull(np.sort(difference_R, axis=0), two - one, bias, (1 - level) / 2)
+        beyond_one, beyond_two = (
+            _unseen_bias(draws_R.mean(axis=0) - value, value)
+            for draws_R, value in ((one_R, one), (two_R, two))
         )
-    return interval_from_draws(draws_R, estimate, method, level, acceleration, caution(sizes))
+        note = self._caution
+        if (beyond_one > 0).any() or (beyond_two > 0).any():
+            note = joined(note, MOSTLY_NOISE)
+        return Interval(
+            two - one,
+            low - beyond_two,
+            high + beyond_one,
+            bias,
+            level,
+            "debiased",
+            len(one_R),
+            note,
+        )
 
 
 def bootstrap_difference(
@@ -141,9 +213,7 @@ def bootstrap_difference(
     second: np.ndarray,
     *,
     pairs: tuple[np.ndarray, np.ndarray] | None = None,
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
+    resampling: Resampling = Resampling(),
 ) -> Interval:
     """The second set's mean of absolute values minus the first's, such as a difference of MAD.
 
@@ -157,59 +227,26 @@ def bootstrap_difference(
         first: The reference set [E, L, P], finite.
         second: The other.
         pairs: See `strata_of`.
-        level: Nominal coverage.
-        num_resamples: R.
-        seed: The same seed gives the same interval.
+        resampling: See there.
 
     Raises:
-        UserError: As `bootstrap`.
+        ValueError: As `bootstrap`.
     """
-
-    def both(first_R: np.ndarray, second_R: np.ndarray) -> np.ndarray:
-        return np.stack([statistic(first_R), statistic(second_R)], axis=1)
-
-    check_resampling(level, num_resamples)
-    sizes = (len(first), len(second))
-    strata = strata_of(sizes, pairs)
-    one, two = both(first.mean(axis=0)[None], second.mean(axis=0)[None])[0]
-    note = refusal(sizes, strata)
-    if note is not None:
-        nothing = np.full(np.shape(one), np.nan)
-        return Interval(two - one, nothing, nothing, nothing, level, "debiased", 0, note)
-    draws_R = _draws(both, (first, second), strata, num_resamples, seed)
-    difference_R = draws_R[:, 1] - draws_R[:, 0]
-    bias = difference_R.mean(axis=0) - (two - one)
-    low, high = _hull(np.sort(difference_R, axis=0), two - one, bias, (1 - level) / 2)
-    beyond_one, beyond_two = (
-        _unseen_bias(draws_R[:, k].mean(axis=0) - value, value)
-        for k, value in enumerate((one, two))
-    )
-    note = caution(sizes)
-    if (beyond_one > 0).any() or (beyond_two > 0).any():
-        note = joined(note, MOSTLY_NOISE)
-    return Interval(
-        two - one, low - beyond_two, high + beyond_one, bias, level, "debiased", num_resamples, note
-    )
+    return MeanDraws(first, second, pairs=pairs, resampling=resampling).difference(statistic)
 
 
-def _draws(
-    statistic: Callable[..., np.ndarray],
-    values: Sequence[np.ndarray],
-    strata: Sequence[Stratum],
-    num_resamples: int,
-    seed: int,
-) -> np.ndarray:
-    """The statistic of every resample, [R, ...]."""
+def _resampled_means(
+    values: Sequence[np.ndarray], strata: Sequence[Stratum], resampling: Resampling
+) -> list[np.ndarray]:
+    """Each set's means over every resample, [R, ...]."""
     flat = [value.reshape(len(value), -1) for value in values]
     sizes = [len(value) for value in values]
-    blocks = []
-    for weights in resample_weights(sizes, strata, num_resamples, seed):
-        means = [
-            (w @ f).reshape(len(w), *value.shape[1:])
-            for w, f, value in zip(weights, flat, values, strict=True)
-        ]
-        blocks.append(statistic(*means))
-    return np.concatenate(blocks)
+    draws = resample_weights(sizes, strata, resampling.num_resamples, resampling.seed)
+    blocks = [[w @ f for w, f in zip(weights, flat, strict=True)] for weights in draws]
+    return [
+        np.concatenate(of_set).reshape(-1, *value.shape[1:])
+        for of_set, value in zip(zip(*blocks, strict=True), values, strict=True)
+    ]
 
 
 def interval_from_draws(

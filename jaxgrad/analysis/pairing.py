@@ -64,7 +64,8 @@ def check_comparable(
         first: A set.
         second: Another.
         same_model: The weights have to be the same too. Without it (base against instruction-tuned)
-            the options and the shape of the measurement still have to be.
+            the options and the shape of the measurement still have to be, but for `chat`: each model
+            is asked in its own way, plain text or its template.
 
     Returns:
         What could not be compared (a file in the authors' form says nothing of its run), or None.
@@ -105,7 +106,9 @@ def _facts(identity: Mapping[str, Any], same_model: bool) -> dict[str, str | Non
     options = identity.get("options", {})
     # As JSON text: it tells 1 from true.
     facts = {name: json.dumps(options[name]) if name in options else None for name in _OPTIONS}
-    if same_model:
+    if not same_model:
+        del facts["chat"]
+    else:
         facts["model weights"] = identity.get("model", {}).get("weights_sha256")
         config = identity.get("model", {}).get("config")
         facts["model config"] = None if config is None else json.dumps(config, sort_keys=True)

@@ -7,6 +7,7 @@ partner are drawn among themselves. The estimate uses all of them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,12 +28,24 @@ class Resampling:
         num_resamples: Bootstrap resamples.
         num_permutations: Sign patterns drawn where there are too many to look at all.
         seed: The same seed gives the same numbers.
+
+    Raises:
+        UserError: A level outside (0, 1), fewer than 100 resamples or permutations, a negative seed.
     """
 
     level: float = 0.95
     num_resamples: int = 2000
     num_permutations: int = 9999
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level < 1:
+            raise UserError(f"level is {self.level}: give a coverage between 0 and 1, like 0.95.")
+        for name in ("num_resamples", "num_permutations"):
+            if getattr(self, name) < 100:
+                raise UserError(f"{name} is {getattr(self, name)}: give 100 or more.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: give 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,41 @@ def caution(sizes: Sequence[int]) -> str | None:
 def resample_weights(
     sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1.
+    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1; not to be written to.
 
-    The same sizes, strata and seed give the same weights.
+    The same sizes, strata and seed give the same weights. A single block is remembered until the
+    next is asked for: the statistics of one comparison all ask for the same.
     """
+    if num_resamples * sum(sizes) > _BLOCK_VALUES:
+        yield from _draw(sizes, strata, num_resamples, seed)
+        return
+    places = tuple(
+        tuple(None if at is None else at.astype(np.int64).tobytes() for at in stratum.members)
+        for stratum in strata
+    )
+    yield _remembered_block(tuple(sizes), places, num_resamples, seed)
+
+
+@lru_cache(maxsize=1)
+def _remembered_block(
+    sizes: tuple[int, ...],
+    places: tuple[tuple[bytes | None, ...], ...],
+    num_resamples: int,
+    seed: int,
+) -> tuple[np.ndarray, ...]:
+    strata = [
+        Stratum(tuple(None if at is None else np.frombuffer(at, np.int64) for at in members))
+        for members in places
+    ]
+    (weights,) = _draw(sizes, strata, num_resamples, seed)
+    for weights_RE in weights:
+        weights_RE.setflags(write=False)
+    return weights
+
+
+def _draw(
+    sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
+) -> Iterator[tuple[np.ndarray, ...]]:
     rng = np.random.default_rng(seed)
     block = max(1, min(num_resamples, _BLOCK_VALUES // sum(sizes)))
     for start in range(0, num_resamples, block):
@@ -123,14 +167,6 @@ def resample_weights(
                 if places is not None:
                     weights[k][:, places] = count.reshape(rows, -1) / sizes[k]
         yield weights
-
-
-def check_resampling(level: float, num_resamples: int) -> None:
-    """Refuses a level or a number of resamples that gives no meaningful interval."""
-    if not 0 < level < 1:
-        raise UserError(f"level is {level}: give a coverage between 0 and 1, like 0.95.")
-    if num_resamples < 100:
-        raise UserError(f"num_resamples is {num_resamples}: give 100 or more.")
 
 
 def joined(*notes: str | None) -> str | None:

@@ -1,20 +1,20 @@
 """How well two sets are told apart, a projection at a time: p of sign flips, and AUC."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import rankdata
 
-from jaxgrad.analysis.intervals import Interval, interval_from_draws
+from jaxgrad.analysis.intervals import Interval, interval_from_draws, without_limits
 from jaxgrad.analysis.resampling import (
+    Resampling,
     caution,
-    check_resampling,
     joined,
     refusal,
     resample_weights,
     strata_of,
 )
-from jaxgrad.errors import UserError
 
 # 2^14 sign patterns are no dearer than the Monte Carlo's flips.
 _MOST_PAIRS_EXACT = 14
@@ -40,9 +40,7 @@ class SignFlip:
     exact: bool
 
 
-def sign_flip_test(
-    difference_EP: np.ndarray, *, num_permutations: int = 9999, seed: int = 0
-) -> SignFlip:
+def sign_flip_test(difference_EP: np.ndarray, *, resampling: Resampling = Resampling()) -> SignFlip:
     """Two-sided p of the mean of paired differences, under flips of their signs.
 
     Under the null hypothesis (an instruction's two examples could as well change places) every
@@ -56,12 +54,8 @@ def sign_flip_test(
     | no pair | NaN |
     | n <= 14 pairs of one sign | 2 / 2^n: the smallest there can be |
     | all differences zero | 1 |
-
-    Raises:
-        UserError: num_permutations below 100.
     """
-    if num_permutations < 100:
-        raise UserError(f"num_permutations is {num_permutations}: give 100 or more.")
+    num_permutations = resampling.num_permutations
     n = len(difference_EP)
     if n == 0:
         return SignFlip(np.full(difference_EP.shape[1:], np.nan), 0, 0, True)
@@ -70,14 +64,20 @@ def sign_flip_test(
         patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
         reached_P = _count(1.0 - 2.0 * patterns, difference_EP, threshold_P)
         return SignFlip(reached_P / 2**n, n, 2**n, True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(resampling.seed)
     reached_P = np.zeros(difference_EP.shape[1:], np.int64)
     block = max(1, _BLOCK_VALUES // n)
     for start in range(0, num_permutations, block):
         rows = min(block, num_permutations - start)
-        signs = 1.0 - 2.0 * rng.integers(0, 2, (rows, n), dtype=np.int8)
-        reached_P += _count(signs, difference_EP, threshold_P)
+        patterns = rng.integers(0, 2, (rows, n), dtype=np.int8)
+        for some in _in_cache(patterns):
+            reached_P += _count(1.0 - 2.0 * some, difference_EP, threshold_P)
     return SignFlip((reached_P + 1) / (num_permutations + 1), n, num_permutations, False)
+
+
+def _in_cache(array_RE: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows, 128 at a time: what is made of them then stays in the processor's cache."""
+    return (array_RE[at : at + 128] for at in range(0, len(array_RE), 128))
 
 
 def _count(signs: np.ndarray, difference_EP: np.ndarray, threshold_P: np.ndarray) -> np.ndarray:
@@ -89,9 +89,7 @@ def chance_smaller(
     second_EP: np.ndarray,
     *,
     pairs: tuple[np.ndarray, np.ndarray] | None = None,
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
+    resampling: Resampling = Resampling(),
 ) -> Interval:
     """AUC: the chance that a random example of the second set has a smaller value than one of the first.
 
@@ -105,14 +103,12 @@ def chance_smaller(
         first_EP: A value for every example of the reference set and projection.
         second_EP: Of the other set.
         pairs: See `resampling.strata_of`.
-        level: Nominal coverage.
-        num_resamples: R.
-        seed: The same seed gives the same interval.
+        resampling: See there.
 
     Returns:
         Interval [P]; without limits where `resampling.refusal` says so.
     """
-    check_resampling(level, num_resamples)
+    level = resampling.level
     estimate = np.array(
         [_auc(a, b) for a, b in zip(first_EP.T, second_EP.T, strict=True)], np.float64
     )
@@ -120,15 +116,15 @@ def chance_smaller(
     strata = strata_of(sizes, pairs)
     note = refusal(sizes, strata)
     if note is not None:
-        nothing = np.full(estimate.shape, np.nan)
-        return Interval(estimate, nothing, nothing, nothing, level, "percentile", 0, note)
+        return without_limits(estimate, level, "percentile", note)
     blocks = []
-    for first_RE, second_RE in resample_weights(sizes, strata, num_resamples, seed):
-        by_projection = [
-            _weighted_auc(a, b, first_RE, second_RE)
-            for a, b in zip(first_EP.T, second_EP.T, strict=True)
-        ]
-        blocks.append(np.stack(by_projection, axis=-1))
+    for weights in resample_weights(sizes, strata, resampling.num_resamples, resampling.seed):
+        for first_RE, second_RE in zip(*map(_in_cache, weights), strict=True):
+            by_projection = [
+                _weighted_auc(a, b, first_RE, second_RE)
+                for a, b in zip(first_EP.T, second_EP.T, strict=True)
+            ]
+            blocks.append(np.stack(by_projection, axis=-1))
     interval = interval_from_draws(
         np.concatenate(blocks), estimate, "percentile", level, note=caution(sizes)
     )
@@ -144,7 +140,7 @@ def chance_smaller(
         interval.bias,
         level,
         "percentile",
-        num_resamples,
+        interval.num_resamples,
         joined(interval.note, "sets wholly apart: the limit is Clopper and Pearson's"),
     )
 

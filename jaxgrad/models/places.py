@@ -24,6 +24,11 @@ def resolve_model(model_path: str | None) -> ModelPlace:
     A hub id goes through huggingface_hub, with its cache and its offline mode; only configs,
     tokenizers and safetensors are fetched.
     """
+    return local_place(model_path) or _from_hub(str(model_path))
+
+
+def local_place(model_path: str | None) -> ModelPlace | None:
+    """As `resolve_model`, but None for a hub id: nothing is fetched."""
     if not model_path:
         return _embedded_default()
     try:
@@ -39,7 +44,7 @@ def resolve_model(model_path: str | None) -> ModelPlace:
             "give a Hugging Face directory, a hub id or a .gguf file"
         )
     if path.suffix != ".gguf" and re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model_path):
-        return _from_hub(model_path)
+        return None
     raise UserError(
         f"--model_path {model_path}: no such file or directory; "
         "give a Hugging Face directory, a hub id or a .gguf file"

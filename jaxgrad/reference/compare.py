@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from jaxgrad.examples import Example
 from jaxgrad.models import load_model
-from jaxgrad.pipeline import AnalyzeOptions, analyze
+from jaxgrad.options import AnalyzeOptions
+from jaxgrad.pipeline import analyze
 from jaxgrad.reference.torch_procedure import (
     Encoding,
     encode_example,

@@ -30,7 +30,7 @@ from jaxgrad.examples import Example
 from jaxgrad.models.gguf_source import GgufFile
 from jaxgrad.models.places import resolve_model
 from jaxgrad.models.saved import SavedDecoder
-from jaxgrad.pipeline import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions
 from jaxgrad.results import ExampleResult
 
 INSTALL = "pip install '.[reference]'"

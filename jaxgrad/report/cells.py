@@ -1,5 +1,7 @@
 """What a report is made of: runs, each with the part that it plays in a study."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from jaxgrad.analysis.similarity import Similarity, mean_similarity
 from jaxgrad.errors import UserError
 from jaxgrad.results import Results, read_authors_jsonl, read_results
 
+UNKNOWN_MODEL = "unknown model"
 CORRECT, IRRELEVANT = RESPONSES = ("correct", "irrelevant")
 
 
@@ -117,10 +120,38 @@ def read_run(path: str | Path) -> Results:
     return read_results(path) if path.is_dir() else read_authors_jsonl(path)
 
 
+def read_labelled(runs: Sequence[tuple[str, str]]) -> list[Cell]:
+    """The runs of `bin/report`, (label, path) each.
+
+    A run that names no model (the authors' files) and has none in its label is taken to be of the
+    model that the others name, where that is one.
+
+    Raises:
+        UserError: As `parse_label` and `read_cell`.
+    """
+    parsed = [(*parse_label(label), path) for label, path in runs]
+    cells = [read_cell(dataclasses.replace(r, model=m or ""), path) for m, r, path in parsed]
+    known = {cell.role.model for cell in cells} - {UNKNOWN_MODEL}
+    if len(known) == 1:
+        (name,) = known
+        cells = [_of_model(c, name) if c.role.model == UNKNOWN_MODEL else c for c in cells]
+    return cells
+
+
+def _of_model(cell: Cell, model: str) -> Cell:
+    role = dataclasses.replace(cell.role, model=model)
+    examples = dataclasses.replace(cell.examples, label=_label(role))
+    return dataclasses.replace(cell, role=role, examples=examples)
+
+
+def _label(role: Role) -> str:
+    return f"{role.model}, {role.title}"
+
+
 def model_name(results: Results) -> str:
-    """The model that a run names; "unknown model" where it does not (the authors' files)."""
+    """The model that a run names; `UNKNOWN_MODEL` where it does not (the authors' files)."""
     sessions = results.run.get("sessions")
-    return str(sessions[-1]["info"]["model"]) if sessions else "unknown model"
+    return str(sessions[-1]["info"]["model"]) if sessions else UNKNOWN_MODEL
 
 
 def read_cell(role: Role, path: str | Path) -> Cell:
@@ -131,8 +162,8 @@ def read_cell(role: Role, path: str | Path) -> Cell:
     """
     results = read_run(path)
     if not role.model:
-        role = Role(model_name(results), role.data, role.setting, role.response)
-    examples = example_set(results, f"{role.model}, {role.title}")
+        role = dataclasses.replace(role, model=model_name(results))
+    examples = example_set(results, _label(role))
     return Cell(role, Path(path), examples, mean_similarity(results, examples))
 
 
@@ -144,6 +175,4 @@ def check_distinct(roles: list[Role]) -> None:
     """
     for place, role in enumerate(roles):
         if role in roles[:place]:
-            raise UserError(
-                f"Two runs are called {role.model}, {role.title}: give each its own label."
-            )
+            raise UserError(f"Two runs are called {_label(role)}: give each its own label.")

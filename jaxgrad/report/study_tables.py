@@ -184,7 +184,7 @@ def _with_fdr(rows: list[tuple[Value, ...]]) -> tuple[tuple[Value, ...], ...]:
 
 
 def _settings(study: Study) -> Table:
-    rows = [
+    rows: list[tuple[Value, ...]] = [
         (*_compared(c), p, *_contrast_numbers(c.contrasts[NORM], k))
         for c, k, p in _by_projection(_of_kind(study, "setting"))
     ]
@@ -209,7 +209,8 @@ def _length(study: Study) -> Table:
         adjusted, overlap = Number(np.nan), np.nan
         if c.regression is not None:
             of = c.regression.adjusted_P
-            adjusted = Number(*(float(np.exp(x[k])) for x in (of.estimate, of.low, of.high)))
+            limits = np.exp([of.estimate[k], of.low[k], of.high[k]])
+            adjusted = Number(float(limits[0]), float(limits[1]), float(limits[2]))
             overlap = c.regression.overlap
         fraction = _ratio(c.contrasts.get("effective_rank_fraction"), k)
         rows.append(
@@ -233,7 +234,7 @@ def _length(study: Study) -> Table:
         "that gives the same direction with an interval apart from no difference, is not shown by one "
         "whose interval holds no difference, and turns round under one that gives the other direction. "
         "Overlap: examples whose length is within the other set's range; at 0 the regression "
-        "extrapolates.",
+        "extrapolates and decides nothing.",
         (
             *_COMPARED,
             Column("projection"),
@@ -245,14 +246,14 @@ def _length(study: Study) -> Table:
 
 
 def _responses(study: Study) -> Table:
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for c, k, p in _by_projection(_of_kind(study, "response")):
         found = c.contrasts[NORM]
         layers = found.first.examples.layers
         largest = ", ".join(str(layers[place]) for place in found.largest[:, k])
         leak, without = c.leakage, None if c.leakage is None else c.leakage.without
         leaked = np.nan if leak is None else leak.num_leaked
-        kept = [Number(np.nan)] * 3
+        kept: list[Value] = [Number(np.nan)] * 3
         if without is not None:
             kept = [
                 _each(without.mean_absolute_rd_P, 0)[k],
@@ -260,11 +261,15 @@ def _responses(study: Study) -> Table:
                 Number(float(without.sign_flip.p_P[k]), form="p"),
             ]
         role = c.first.role
+        about: tuple[Value, ...] = (role.model, role.data or NOTHING, role.setting, p)
         rows.append(
             (
-                *(role.model, role.data or NOTHING, role.setting, p),
-                *(_each(found.mean_absolute_rd_P, 0)[k], largest),
-                *(Number(leaked, form="count"), *kept, *_contrast_numbers(found, k)),
+                *about,
+                _each(found.mean_absolute_rd_P, 0)[k],
+                largest,
+                Number(leaked, form="count"),
+                *kept,
+                *_contrast_numbers(found, k),
             )
         )
     return Table(
@@ -275,8 +280,7 @@ def _responses(study: Study) -> Table:
         "settings.",
         (
             *map(Column, ("model", "data", "setting", "projection", "mean |RD|", "largest layers")),
-            Column("leaked", "all pairs"),
-            *(Column(n, "without leaked pairs") for n in ("mean |RD|", "ratio", "p")),
+            *(Column(n, "without leaked pairs") for n in ("leaked", "mean |RD|", "ratio", "p")),
             *(Column(n, "all pairs") for n in _CONTRAST_COLUMNS),
         ),
         _with_fdr(rows),
@@ -284,13 +288,18 @@ def _responses(study: Study) -> Table:
 
 
 def _models(study: Study) -> Table:
-    rows = []
+    rows: list[tuple[Value, ...]] = []
     for c, k, p in _by_projection(_of_kind(study, "model")):
         role = c.first.role
         rows.append(
             (
-                *(c.first.role.model, c.second.role.model, role.data or NOTHING, role.response),
-                *(role.setting, p, *_contrast_numbers(c.contrasts[NORM], k)),
+                role.model,
+                c.second.role.model,
+                role.data or NOTHING,
+                role.response,
+                role.setting,
+                p,
+                *_contrast_numbers(c.contrasts[NORM], k),
             )
         )
     names = ("first", "second", "data", "response", "setting", "projection", *_CONTRAST_COLUMNS)
@@ -339,13 +348,7 @@ def _by_projection(comparisons: Sequence[Comparison]) -> Iterator[tuple[Comparis
             yield from ((comparison, k, p) for k, p in enumerate(projections))
 
 
-def _compared_columns(what: str) -> tuple[Column, ...]:
-    del what
-    return tuple(map(Column, ("model", "data", "response", "first", "second")))
-
-
-def _compared(c: Comparison, what: str) -> tuple[Value, ...]:
-    del what
+def _compared(c: Comparison) -> tuple[Value, ...]:
     one, two = c.first.role, c.second.role
     return one.model, one.data or NOTHING, one.response, one.setting, two.setting
 

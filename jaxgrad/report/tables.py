@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Form = Literal["number", "percent", "count", "p"]
-NOTHING = "–"  # noqa: RUF001 - an en dash, for what is undefined
+NOTHING = "–"
 
 _LATEX = str.maketrans(
     {
@@ -108,8 +108,10 @@ def written(value: float, form: Form = "number") -> str:
         return f"{100 * value:.1f} %"
     if form == "p":
         return f"{value:.3f}" if value >= 0.001 else f"{value:.2g}"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
         return f"{value:#.3g}".rstrip(".")
+    if 999.5 <= abs(value) < 1e6:
+        return f"{value:.0f}"
     return f"{value:.2e}"
 
 
@@ -134,10 +136,7 @@ def as_markdown(table: Table) -> str:
 
 def as_csv(table: Table) -> str:
     """Comma-separated, full precision; a number with limits takes three columns: x, x low, x high."""
-    limits = [
-        any(isinstance(row[c], Number) and not math.isnan(row[c].low) for row in table.rows)
-        for c in range(len(table.columns))
-    ]
+    limits = [any(_has_limits(row[c]) for row in table.rows) for c in range(len(table.columns))]
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     head: list[str] = []
@@ -200,6 +199,10 @@ def _groups(table: Table) -> list[tuple[str, int, int]]:
         else:
             found.append((column.group, place, place))
     return found
+
+
+def _has_limits(value: Value) -> bool:
+    return isinstance(value, Number) and not math.isnan(value.low)
 
 
 def _is_numeric(table: Table, place: int) -> bool:

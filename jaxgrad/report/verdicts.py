@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxgrad.analysis import Interval
+from jaxgrad.analysis import Contrast, Interval
 from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison
 
 Verdict = Literal["stands", "not shown", "turns round", "no contrast", "not known"]
@@ -78,13 +78,17 @@ def verdict_of(comparison: Comparison, p: int) -> Verdicts:
     """What becomes of projection `p`'s contrast of the nuclear norm."""
     contrast = comparison.contrasts[NORM]
     found = direction(contrast.difference_P, p)
-    summed = comparison.contrasts.get(SUM_LOSS)
-    matched, regression, leakage = comparison.matched, comparison.regression, comparison.leakage
-    without = None if leakage is None else leakage.without
+
+    def under(control: Contrast | None) -> Verdict:
+        return judge(found, direction(None if control is None else control.difference_P, p))
+
+    regression, leakage = comparison.regression, comparison.leakage
+    # Without lengths in common the regression extrapolates, and decides nothing.
+    adjusted = regression.adjusted_P if regression is not None and regression.overlap else None
     return Verdicts(
         direction=found or 0,
-        sum_loss=judge(found, direction(summed and summed.difference_P, p)),
-        matched=judge(found, direction(matched and matched.difference_P, p)),
-        regression=judge(found, direction(regression and regression.adjusted_P, p)),
-        leakage=judge(found, direction(without and without.difference_P, p)),
+        sum_loss=under(comparison.contrasts.get(SUM_LOSS)),
+        matched=under(comparison.matched),
+        regression=judge(found, direction(adjusted, p)),
+        leakage=under(None if leakage is None else leakage.without),
     )

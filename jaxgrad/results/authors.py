@@ -10,8 +10,11 @@ Face parameter name, layers in order and q, k, v, o (gate, up, down) inside a la
 | S_sum, S_max, S_min (arXiv 2410.23743) | nuclear_norm, sigma_max, sigma_min |
 | S_list instead (arXiv 2504.10766) | singular_values, with zeros up to min(rows, cols) |
 
-The follow-up's similarities (`cosine_sim`, `cosine_sim_qkvo`) are not part of these tables: they
-are passed over in reading and not written.
+The form with S_list ends in the similarities, where they were measured: see `authors_cosines`.
+
+The files do not say how they were made. Model, protocol, tokens, what was cut or could not be measured
+and how many layers the model has are unknown of a run that is read from one; an example of theirs is
+named by its place among the measured ones.
 """
 
 import json
@@ -26,9 +29,10 @@ import pandas as pd
 import pyarrow as pa
 
 from jaxgrad.errors import UserError
+from jaxgrad.results.authors_cosines import FIELDS, cosine_fields, number_array, read_cosines
 from jaxgrad.results.files import atomic_file
 from jaxgrad.results.read import Results, results_of
-from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, PROJECTIONS
+from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, PROJECTIONS, storable
 
 _BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
 _ENTRIES = {
@@ -38,9 +42,8 @@ _ENTRIES = {
     "frobenius_norm": "frobenius_norm",
 }
 _SUMMARY = {"S_sum": "nuclear_norm", "S_max": "sigma_max", "S_min": "sigma_min"}
-_SIMILARITIES = ("cosine_sim", "cosine_sim_qkvo")
 _PARAMETER = re.compile(
-    r"model\.layers\.(\d+)\.(?:self_attn\.([qkvo])|mlp\.(gate|up|down))_proj\.weight"
+    r"model\.layers\.(0|[1-9][0-9]{0,5})\.(?:self_attn\.([qkvo])|mlp\.(gate|up|down))_proj\.weight"
 )
 # Below it the follow-up paper's scripts leave the effective rank out.
 _LEAST_NUCLEAR_NORM = 1e-12
@@ -54,7 +57,8 @@ def write_authors_jsonl(
     Args:
         results: A run, or `iter_results(...)` to hold one window at a time.
         path: The file to write.
-        with_spectrum: Write S_list in place of S_sum, S_max and S_min.
+        with_spectrum: The follow-up's form: S_list in place of S_sum, S_max and S_min, and the
+            cosines where the run has them.
 
     Returns:
         The number of lines.
@@ -79,8 +83,11 @@ def _records(results: Results, with_spectrum: bool) -> Iterator[dict[str, Any]]:
         record = {"instruction": example["instruction"], "output": example["response"]}
         record["loss"] = float(example["loss"])
         rows = matrices.get(example["example_index"], results.matrices[:0]).to_dict("records")
-        for row in sorted(rows, key=_place):
+        rows.sort(key=_place)
+        for row in rows:
             record[_parameter_name(row)] = _statistics(row, with_spectrum)
+        if with_spectrum:
+            record |= cosine_fields(rows)
         yield record
 
 
@@ -127,7 +134,7 @@ def _statistics(row: dict[str, Any], with_spectrum: bool) -> dict[str, Any]:
     return statistics
 
 
-def read_authors_jsonl(path: str | Path) -> Results:
+def read_authors_jsonl(path: str | Path, *, with_spectrum: bool = True) -> Results:
     """Reads a file of either form; what it does not have is null.
 
     An example's index is its place among the records, its id the same as text. From S_list come
@@ -135,8 +142,13 @@ def read_authors_jsonl(path: str | Path) -> Results:
     when the nuclear norm is below 1e-12). An example with a number that is not finite has the
     status non_finite.
 
+    Args:
+        path: The file.
+        with_spectrum: Keep S_list as singular_values, up to 4096 numbers a matrix for a model of 7B.
+
     Raises:
-        UserError: The file cannot be read, or a line is not such a record; the line is named.
+        UserError: The file cannot be read, has no record, or a line is not such a record; the line
+            is named.
     """
     path = Path(path)
     examples: dict[str, list] = {name: [] for name in EXAMPLES_SCHEMA.names}
@@ -144,10 +156,23 @@ def read_authors_jsonl(path: str | Path) -> Results:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    _read_line(f"{path}, line {number}", line, examples, matrices)
+                if not line.strip():
+                    continue
+                index = len(examples["example_index"])
+                example, rows = _read_line(f"{path}, line {number}", line)
+                for column, values in examples.items():
+                    values.append(index if column == "example_index" else example.get(column))
+                for row in rows:
+                    row["example_index"] = index
+                    if not with_spectrum:
+                        row.pop("singular_values", None)
+                    for column, values in matrices.items():
+                        values.append(row.get(column))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    if not examples["example_index"]:
+        raise UserError(f"{path} is empty: it should have a line for every example.")
+    examples["example_id"] = [str(index) for index in examples["example_index"]]
     return results_of(
         {"authors_jsonl": str(path)},
         pa.Table.from_pydict(examples, schema=EXAMPLES_SCHEMA),
@@ -155,52 +180,55 @@ def read_authors_jsonl(path: str | Path) -> Results:
     )
 
 
-def _read_line(
-    where: str, line: bytes, examples: dict[str, list], matrices: dict[str, list]
-) -> None:
+def _read_line(where: str, line: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A record's row of the examples table and its rows of the matrices table, without indices."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}).") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object.")
-    index = len(examples["example_index"])
     loss = _number(where, record, "loss")
     wrong = [] if math.isfinite(loss) else ["loss"]
+    rows = []
     for name, entry in record.items():
-        if name in ("instruction", "output", "loss", *_SIMILARITIES):
+        if name in ("instruction", "output", "loss", *FIELDS):
             continue
-        row = _matrix_row(f"{where}, {name}", name, entry)
-        for column, values in matrices.items():
-            values.append(row.get(column))
-        matrices["example_index"][-1] = index
-        if not _all_finite(row):
+        rows.append(_matrix_row(f"{where}, {_shown(name)}", name, entry))
+        if not _all_finite(rows[-1]):
             wrong.append(name)
-    values_of_example = {
-        "example_index": index,
-        "example_id": str(index),
+    layered = {(row["projection"], row["layer"]): row for row in rows if row["layer"] is not None}
+    wrong += read_cosines(where, record, layered)
+    example = {
         "loss": loss,
         "status": "non_finite" if wrong else "ok",
         "reason": f"not finite in the file: {', '.join(wrong)}" if wrong else None,
         "instruction": _text(where, record, "instruction"),
         "response": _text(where, record, "output"),
     }
-    for column, values in examples.items():
-        values.append(values_of_example.get(column))
+    return example, rows
+
+
+def _shown(name: str) -> str:
+    """A field's name for a message of one line: it may be any text."""
+    return name if len(name) <= 80 and name.isprintable() else f"{name[:80]!r}..."
 
 
 def _text(where: str, record: dict[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} is not a text.")
-    return value
+    return storable(value)
 
 
 def _number(where: str, record: dict[str, Any], name: str) -> float:
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{where}: {name} is not a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _matrix_row(where: str, name: str, entry: Any) -> dict[str, Any]:
@@ -222,11 +250,8 @@ def _matrix_row(where: str, name: str, entry: Any) -> dict[str, Any]:
 
 
 def _of_spectrum(where: str, values: Any) -> dict[str, Any]:
-    try:
-        sigma = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        sigma = np.empty((0, 0))
-    if not isinstance(values, list) or sigma.ndim != 1 or sigma.size == 0:
+    sigma = number_array(values)
+    if sigma is None or sigma.ndim != 1 or sigma.size == 0:
         raise UserError(f"{where}: S_list is not a list of numbers.")
     total = float(sigma.sum())
     row: dict[str, Any] = {"singular_values": sigma, "nuclear_norm": total}

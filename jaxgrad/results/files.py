@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxgrad.errors import UserError
+from jaxgrad.errors import OutputError
 
 # Pandas and Arrow pass over names that start with a dot when they read a folder of parts.
 _TEMPORARY = re.compile(r"\..+\.tmp")
@@ -20,10 +20,10 @@ _TEMPORARY = re.compile(r"\..+\.tmp")
 _locks: dict[str, int] = {}
 
 
-def write_error(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> OutputError:
     """The user's line for a file or folder that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
+        return OutputError(
             f"The disk is full: {path} could not be written. Nothing written before is lost: "
             "free some space and run the same command again."
         )
@@ -31,7 +31,7 @@ def write_error(path: Path, error: OSError) -> UserError:
         reason = "a file is in the way"
     else:
         reason = error.strerror or str(error)
-    return UserError(f"Cannot write {path}: {reason}. Choose a place that can be written.")
+    return OutputError(f"Cannot write {path}: {reason}. Choose a place that can be written.")
 
 
 def temporary_path(path: Path) -> Path:
@@ -57,7 +57,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that appears under its name whole and on the disk, or not at all.
 
     Raises:
-        UserError: It cannot be written; a full disk has its own line.
+        OutputError: It cannot be written; a full disk has its own line.
     """
     temporary = temporary_path(path)
     try:
@@ -79,7 +79,7 @@ def remove_files(files: Iterable[Path]) -> None:
     """Removes files, then flushes their folders.
 
     Raises:
-        UserError: One cannot be removed.
+        OutputError: One cannot be removed.
     """
     folders = set()
     for file in files:
@@ -112,7 +112,7 @@ def probe_folder(path: Path) -> None:
     """Tests that files can be written in a folder, or in the parent it would be made in.
 
     Raises:
-        UserError: They cannot.
+        OutputError: They cannot.
     """
     place = path.absolute()
     while not os.path.lexists(place):
@@ -129,7 +129,7 @@ def lock_folder(path: Path) -> None:
     """Keeps other processes from writing a folder until `unlock_folder` or the process's end.
 
     Raises:
-        UserError: Another process holds it.
+        OutputError: Another process holds it.
     """
     name = os.path.realpath(path)
     if name in _locks:
@@ -139,7 +139,7 @@ def lock_folder(path: Path) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(folder)
-        raise UserError(
+        raise OutputError(
             f"Another process is writing {path}. Wait for it, or give another --output_dir."
         ) from error
     except OSError:

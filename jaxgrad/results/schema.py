@@ -139,7 +139,7 @@ def examples_table(results: Sequence[ExampleResult]) -> pa.Table:
     """Rows of the examples table, in the order given."""
     columns = {name: [getattr(row, name) for row in results] for name in EXAMPLES_SCHEMA.names}
     for name in _TEXTS:
-        columns[name] = [None if text is None else _storable(text) for text in columns[name]]
+        columns[name] = [None if text is None else storable(text) for text in columns[name]]
     return pa.Table.from_pydict(columns, schema=EXAMPLES_SCHEMA)
 
 
@@ -182,7 +182,8 @@ def _matrix_column(name: str, values: Any) -> pa.Array:
     return pa.array(values, kind, from_pandas=name in _NAN_IS_NULL)
 
 
-def _storable(text: str) -> str:
+def storable(text: str) -> str:
+    """The text without what Arrow refuses."""
     # A lone surrogate (a broken JSON escape) has no UTF-8 form; one such record must not end a run.
     return text.encode("utf-8", "replace").decode("utf-8")
 

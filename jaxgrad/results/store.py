@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from jaxgrad.errors import UserError
+from jaxgrad.errors import OutputError
 from jaxgrad.results import schema
 from jaxgrad.results.files import (
     atomic_file,
@@ -57,7 +57,7 @@ def load_run(path: Path) -> dict[str, Any] | None:
     """The content of D/run.json; None when there is no such file.
 
     Raises:
-        UserError: It cannot be read or is not a run's.
+        OutputError: It cannot be read or is not a run's.
     """
     file = path / "run.json"
     try:
@@ -65,9 +65,9 @@ def load_run(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror}.") from error
+        raise OutputError(f"Cannot read {file}: {error.strerror}.") from error
     except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}). Give another --output_dir.") from error
+        raise OutputError(f"{file} is damaged ({error}). Give another --output_dir.") from error
     kinds = {"format": int, "finished": bool, "identity": dict, "sessions": list, "counts": dict}
     wrong = [
         name
@@ -75,11 +75,11 @@ def load_run(path: Path) -> dict[str, Any] | None:
         if not isinstance(run, dict) or not isinstance(run.get(name), kind)
     ]
     if wrong:
-        raise UserError(
+        raise OutputError(
             f"{file} is not a run's: no proper {', '.join(wrong)}. Give another --output_dir."
         )
     if run["format"] != FORMAT:
-        raise UserError(
+        raise OutputError(
             f"{file} has format {run['format']}, this program writes {FORMAT}. "
             "Give another --output_dir."
         )
@@ -111,12 +111,12 @@ def read_batch(file: Path) -> tuple[pa.Table, pa.Table]:
     """The examples and matrices of one journal file.
 
     Raises:
-        UserError: It is damaged. (FileNotFoundError passes: its window was finished meanwhile.)
+        OutputError: It is damaged. (FileNotFoundError passes: its window was finished meanwhile.)
     """
     try:
         return schema.decode_batch(file.read_bytes())
     except ValueError as error:
-        raise UserError(
+        raise OutputError(
             f"{file} is damaged. Run the same analyze command again: it computes this batch anew."
         ) from error
 
@@ -151,7 +151,7 @@ def _refuse_other_run(
         f"{k} is {shown(old.get(k))} there, {shown(new.get(k))} here" for k in changes[:3]
     )
     rest = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    raise UserError(
+    raise OutputError(
         f"{path} holds a run with other settings: {told}{rest}. "
         "Give another --output_dir, or the same settings as before."
     )
@@ -163,7 +163,7 @@ def _refuse_foreign_folder(path: Path) -> None:
     own = temporary_path(path / "run.json").name
     names = [name for name in names_in(path) if name != own]
     if names:
-        raise UserError(
+        raise OutputError(
             f"{path} is not empty and holds no run (no run.json; it has {names[0]}). "
             "Give another --output_dir."
         )
@@ -181,7 +181,7 @@ def _now() -> str:
 class RunDirectory:
     """One run's results on disk. Made by `RunDirectory.open`; one process at a time.
 
-    Every method that writes raises `UserError` when the disk is full or cannot be written; what was
+    Every method that writes raises `OutputError` when the disk is full or cannot be written; what was
     recorded before stays, and the same command continues from it. A call that a right plan cannot
     make (a batch recorded twice, a finished run written to) raises ValueError.
 
@@ -207,7 +207,7 @@ class RunDirectory:
             info: What may differ between sessions (versions, device, command); noted in `sessions`.
 
         Raises:
-            UserError: D cannot be made or written, is not empty and not a run, holds a damaged
+            OutputError: D cannot be made or written, is not empty and not a run, holds a damaged
                 run.json or a run of another identity, or another process is writing it.
         """
         path = Path(path)
@@ -241,7 +241,7 @@ class RunDirectory:
         Only the keys that both identities have are compared.
 
         Raises:
-            UserError: As `open`.
+            OutputError: As `open`.
         """
         run = load_run(Path(path))
         if run is not None:
@@ -256,7 +256,7 @@ class RunDirectory:
         """Tests that D can be made and written, and leaves nothing behind.
 
         Raises:
-            UserError: It cannot: a file in the way, no permission, a full disk.
+            OutputError: It cannot: a file in the way, no permission, a full disk.
         """
         run = load_run(Path(path))
         # A finished run will not be written.
@@ -312,7 +312,7 @@ class RunDirectory:
 
         Raises:
             ValueError: An example is there twice, or their number is not `num_examples`.
-            UserError: A batch was damaged since it was written, or D cannot be written.
+            OutputError: A batch was damaged since it was written, or D cannot be written.
         """
         self._refuse_when_finished()
         if not self.window_done(window):

@@ -1,0 +1,74 @@
+"""What to measure and how: everything that a run's numbers depend on besides its model and data."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+
+from jaxgrad.gradients import select_parameters
+from jaxgrad.measure import MeasureSettings, Method
+from jaxgrad.models import DecoderConfig
+from jaxgrad.tokens import Protocol, read_date, uses_chat
+
+# Padded tokens of a batch. One example at a time on a CPU: full batches of four are 20 % faster, but
+# few are full, and an example's bits would depend on its neighbours (BUILD_NOTES.md).
+DEFAULT_BATCH_TOKENS = {"cpu": 1, "gpu": 8192, "tpu": 8192}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalyzeOptions:
+    """What to measure and how; every field stands behind a flag of `bin/analyze`.
+
+    Attributes:
+        protocol: "paper" (the authors', to compare with) or "clean" (see `tokens`).
+        chat: whether the chat template is used; "auto" means where the tokenizer has one.
+        parameters: "attention", "mlp", "all", or a regular expression on the weights' names.
+        batch_tokens: padded tokens of a batch; None for the backend's default.
+        date: YYYY-MM-DD, the day that chat templates print which ask for one; None for today, or for
+            the day of the run that is continued.
+    """
+
+    protocol: Literal["paper", "clean"] = "paper"
+    chat: Literal["auto", "yes", "no"] = "auto"
+    max_length: int = 1024
+    parameters: str = "attention"
+    method: Method = "auto"
+    spectrum: bool = False
+    extremes: bool = False
+    similarity: bool = False
+    batch_tokens: int | None = None
+    dtype: str = "float32"
+    precision: str = "highest"
+    date: str | None = None
+
+    def protocol_for(self, tokenizer: Any) -> Protocol:
+        """How this tokenizer's examples become tokens.
+
+        Raises:
+            UserError: an option that does not fit; see `Protocol` and `uses_chat`.
+        """
+        chat = uses_chat(tokenizer, self.chat)
+        date = None if self.date is None else read_date(self.date)
+        return Protocol(self.protocol, chat, self.max_length, date)
+
+    def settings_for(self, config: DecoderConfig) -> MeasureSettings:
+        """What is measured of this model.
+
+        Raises:
+            UserError: `parameters` selects none of its weights.
+        """
+        return MeasureSettings(
+            selection=select_parameters(config, self.parameters),
+            method=self.method,
+            spectrum=self.spectrum,
+            extremes=self.extremes,
+            similarity=self.similarity,
+            precision=self.precision,
+        )
+
+    @property
+    def tokens_of_a_batch(self) -> int:
+        """`batch_tokens`, or the backend's default."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        return DEFAULT_BATCH_TOKENS[jax.default_backend()]

@@ -1,0 +1,171 @@
+"""Wires a report: cells -> comparisons -> tables, findings, figures and the page, into a directory."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jaxgrad.analysis import Resampling, check_comparable
+from jaxgrad.errors import UserError
+from jaxgrad.report.cells import Cell, check_distinct
+from jaxgrad.report.comparisons import Study, compare_all, wanted_pairs
+from jaxgrad.report.figures import YLimits, write_figures
+from jaxgrad.report.findings import Finding, findings
+from jaxgrad.report.page import PageFinding, write_page
+from jaxgrad.report.study_tables import study_tables
+from jaxgrad.report.tables import Table, as_csv, as_latex, as_markdown
+
+PAGE, SUMMARY, MANIFEST = "index.html", "report.md", "report.json"
+
+
+def write_report(
+    cells: Sequence[Cell],
+    output_dir: str | Path,
+    *,
+    title: str,
+    about: str = "",
+    model_pairs: Sequence[tuple[str, str]] = (),
+    unavailable: Mapping[str, str] | None = None,
+    resampling: Resampling = Resampling(),
+    y_limits: YLimits = "shared",
+    progress: bool = False,
+) -> Path:
+    """Writes a report's page, tables and figures.
+
+    | file | what is in it |
+    |---|---|
+    | index.html | everything, interactive, without the network |
+    | report.md | findings and tables as Markdown |
+    | tables/NAME.md, .csv, .tex | each table |
+    | figures/NAME.svg, .png | each figure |
+    | report.json | the list of these files |
+
+    It is made beside its place and moved there whole; files of an earlier report are replaced.
+
+    Args:
+        cells: Runs with distinct roles.
+        output_dir: Made where it is missing.
+        title: Heading.
+        about: What was asked.
+        model_pairs: (base, instruction-tuned) names of models.
+        unavailable: What was asked for and is not among the cells -> why.
+        resampling: See there.
+        y_limits: See `write_figures`.
+        progress: Show bars on stderr.
+
+    Returns:
+        The path of index.html.
+
+    Raises:
+        UserError: No cell, two cells of one role, two cells to compare whose runs cannot be compared,
+            or a directory that holds something else.
+    """
+    output_dir = Path(output_dir)
+    if not cells:
+        raise UserError("There is no run to report on. Give at least one.")
+    check_distinct([cell.role for cell in cells])
+    for kind, first, second in wanted_pairs(cells, model_pairs):
+        check_comparable(first.examples, second.examples, same_model=kind != "model")
+    earlier = _earlier_files(output_dir)
+    study = compare_all(
+        cells,
+        title=title,
+        about=about,
+        model_pairs=model_pairs,
+        unavailable=unavailable,
+        resampling=resampling,
+        progress=progress,
+    )
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".report-") as made:
+            _write_files(study, Path(made), y_limits, progress)
+            _move(Path(made), output_dir, earlier)
+    except OSError as error:
+        raise UserError(f"Cannot write the report to {output_dir}: {error.strerror}.") from error
+    return output_dir / PAGE
+
+
+def read_y_limits(text: str) -> YLimits:
+    """Takes "shared", "free" or "LOW,HIGH" to what `write_figures` takes.
+
+    Raises:
+        UserError: None of them.
+    """
+    if text in ("shared", "free"):
+        return text  # type: ignore[return-value]
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"--y_limits: {text!r} is none of shared, free and LOW,HIGH")
+    return low, high
+
+
+def _write_files(study: Study, directory: Path, y_limits: YLimits, progress: bool) -> None:
+    tables, found = study_tables(study), findings(study)
+    (directory / "tables").mkdir()
+    for table in tables:
+        for suffix, form in ((".md", as_markdown), (".csv", as_csv), (".tex", as_latex)):
+            (directory / "tables" / f"{table.name}{suffix}").write_text(form(table), "utf-8")
+    (directory / SUMMARY).write_text(_summary(study, found, tables), "utf-8")
+    write_figures(study, directory / "figures", y_limits=y_limits, progress=progress)
+    in_words = [PageFinding(f.heading, f.sentences, f.outcome) for f in found]
+    write_page(study, tables, in_words, directory / PAGE)
+
+
+def _summary(study: Study, found: Sequence[Finding], tables: Sequence[Table]) -> str:
+    lines = [f"# {study.title}", "", study.about, ""]
+    for finding in found:
+        outcome = "" if finding.outcome == "info" else f" ({finding.outcome})"
+        lines += [f"## {finding.heading}{outcome}", "", finding.lead, ""]
+        lines += [f"- {sentence}" for sentence in finding.sentences]
+        lines.append("")
+    return "\n".join([*lines, "## Tables", "", *(as_markdown(table) for table in tables)])
+
+
+def _earlier_files(output_dir: Path) -> list[str]:
+    """The files of an earlier report there.
+
+    Raises:
+        UserError: The directory holds something else.
+    """
+    if not output_dir.exists():
+        return []
+    if not output_dir.is_dir():
+        raise UserError(f"{output_dir} is a file. Give a directory for the report.")
+    try:
+        names = json.loads((output_dir / MANIFEST).read_text("utf-8"))["files"]
+        inside = [name for name in names if (output_dir / name).resolve().is_relative_to(
+            output_dir.resolve()
+        )]  # fmt: skip
+    except FileNotFoundError:
+        if any(output_dir.iterdir()):
+            raise UserError(
+                f"{output_dir} holds files that are no report of ours. Give another --output_dir."
+            ) from None
+        return []
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{output_dir / MANIFEST} cannot be read, so what is an earlier report's there is not "
+            "known. Give another --output_dir, or remove that directory."
+        ) from None
+    return inside
+
+
+def _move(made: Path, output_dir: Path, earlier: Sequence[str]) -> None:
+    files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
+    output_dir.mkdir(exist_ok=True)
+    # Before anything is moved: a report that is interrupted here is still known as one.
+    manifest = {"files": sorted({*earlier, *files})}
+    (output_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    # The page last: where it stands, all that belongs to it does.
+    for name in sorted(files, key=lambda name: name == PAGE):
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(made / name, output_dir / name)
+    for name in set(earlier) - set(files) - {MANIFEST}:
+        (output_dir / name).unlink(missing_ok=True)
+    (output_dir / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", "utf-8")

@@ -1,0 +1,352 @@
+"""What a study shows, in words: each sentence is made of the numbers of its tables."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from jaxgrad.analysis import Contrast, Interval
+from jaxgrad.analysis.curves import mad
+from jaxgrad.report.cells import CORRECT
+from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison, Study
+from jaxgrad.report.style import STATISTIC_NAMES
+from jaxgrad.report.tables import Form, written
+from jaxgrad.report.verdicts import Verdict, Verdicts, direction, verdict_of
+
+Outcome = Literal["stands", "falls", "unclear", "info"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a study shows, or does not.
+
+    Attributes:
+        heading: What it is about.
+        lead: The finding and what becomes of it, in a line or two.
+        sentences: The same at length, with figures.
+        outcome: What becomes of it under the controls: "stands" under all that could be made,
+            "falls" under at least one, "unclear" where there is no contrast or no control.
+    """
+
+    heading: str
+    lead: str
+    sentences: tuple[str, ...]
+    outcome: Outcome
+
+
+def findings(study: Study) -> list[Finding]:
+    """The findings of a study, settings first, then responses, models and what limits all of it."""
+    found = [_setting(c) for c in _ends(study) if NORM in c.contrasts]
+    for model in study.models():
+        for data in study.data_sets():
+            by_setting = [
+                c
+                for c in study.comparisons
+                if c.kind == "response"
+                and (c.first.role.model, c.first.role.data) == (model, data)
+                and NORM in c.contrasts
+            ]
+            if by_setting:
+                found.append(_responses(model, data, by_setting))
+    found += [_model(c) for c in study.comparisons if c.kind == "model" and NORM in c.contrasts]
+    found.append(_limits(study))
+    return found
+
+
+def _ends(study: Study) -> list[Comparison]:
+    """Of each data set's settings the first against the last, correct responses."""
+    by_set: dict[tuple[str, str], list[str]] = {}
+    for cell in study.cells:
+        role = cell.role
+        if role.response == CORRECT:
+            by_set.setdefault((role.model, role.data), []).append(role.setting)
+    return [
+        c
+        for c in study.comparisons
+        if c.kind == "setting"
+        and c.first.role.response == CORRECT
+        and [c.first.role.setting, c.second.role.setting]
+        == [by_set[c.first.role.model, c.first.role.data][k] for k in (0, -1)]
+    ]
+
+
+def _setting(c: Comparison) -> Finding:
+    norm = c.contrasts[NORM]
+    projections = norm.first.examples.projections
+    one, two = c.first.role.setting, c.second.role.setting
+    sentences = [
+        f"The mean nuclear norm of {two} is {_factors(norm.ratio_P, projections)} times that of {one}; "
+        f"a random example of {two} has a smaller norm than one of {one} with a chance of "
+        f"{_range(norm.chance_smaller_P.estimate)}{_p(norm)}."
+    ]
+    if norm.mad_difference_P is not None:
+        mads = [mad(part.value_ELP.mean(axis=0)) for part in (norm.first, norm.second)]
+        ratio = [
+            f"{p} {written(a)} to {written(b)}" for p, a, b in zip(projections, *mads, strict=True)
+        ]
+        sides = [direction(norm.mad_difference_P, k) for k in range(len(projections))]
+        sentences.append(f"MAD goes from {', '.join(ratio)}; {_sides(sides, projections)}.")
+    rank = c.contrasts.get("effective_rank")
+    share = c.contrasts.get("effective_rank_fraction")
+    if rank is not None and share is not None:
+        sentences.append(
+            f"The effective rank is {_factors(rank.ratio_P, projections)} times as large, as a share of "
+            f"its ceiling {_factors(share.ratio_P, projections)} times."
+        )
+    verdicts = [verdict_of(c, k) for k in range(len(projections))]
+    summed = c.contrasts.get(SUM_LOSS)
+    if summed is not None:
+        sentences.append(
+            f"Length, by the sum of the loss in place of its mean: the ratio is "
+            f"{_factors(summed.ratio_P, projections)}: the contrast "
+            f"{_verdicts((v.sum_loss for v in verdicts), projections)}."
+        )
+    if c.match is not None:
+        sentences.append(
+            "Length, by examples matched on response tokens (within 10 %): no two match."
+            if c.matched is None
+            else f"Length, by {len(c.match.pairs)} pairs matched on response tokens (within 10 %): the "
+            f"ratio is {_factors(c.matched.ratio_P, projections)}: the contrast "
+            f"{_verdicts((v.matched for v in verdicts), projections)}."
+        )
+    if c.regression is not None:
+        overlap = written(c.regression.overlap, "percent")
+        adjusted = np.exp(c.regression.adjusted_P.estimate)
+        sentences.append(
+            f"Length, by regression on its logarithm ({overlap} of the examples within the other set's "
+            f"lengths): the ratio is {_list(adjusted, projections)}: "
+            + (
+                f"the contrast {_verdicts((v.regression for v in verdicts), projections)}."
+                if c.regression.overlap
+                else "an extrapolation beyond the lengths of both, which decides nothing."
+            )
+        )
+    of_length = [verdict for v in verdicts for verdict in v.of_length]
+    sides = [v.direction for v in verdicts]
+    lead = (
+        f"{two} has {_size(sides)} gradients than {one} ({_range(norm.ratio_P.estimate)} times the "
+        f"nuclear norm). {_under_length(verdicts)}"
+        if any(sides)
+        else f"The nuclear norms of {one} and {two} are not told apart "
+        f"({_range(norm.ratio_P.estimate)} times)."
+    )
+    return Finding(f"{_where(c)}: {one} against {two}", lead, tuple(sentences), _outcome(of_length))
+
+
+def _size(sides: Sequence[int]) -> str:
+    named = {side: word for side, word in ((-1, "smaller"), (1, "larger")) if side in sides}
+    return " and ".join(
+        word + ("" if set(sides) == {side} else f" (in {sides.count(side)} of {len(sides)})")
+        for side, word in named.items()
+    )
+
+
+def _under_length(verdicts: Sequence[Verdicts]) -> str:
+    """What the controls for length leave, one phrase a control."""
+    parts = []
+    for name, of in (
+        ("with the summed loss", [v.sum_loss for v in verdicts]),
+        ("among examples matched on length", [v.matched for v in verdicts]),
+        ("in the regression on length", [v.regression for v in verdicts]),
+    ):
+        judged = [verdict for verdict in of if verdict not in ("no contrast", "not known")]
+        if not judged:
+            continue
+        counts = Counter(judged)
+        said = ", ".join(
+            verdict if n == len(judged) else f"{verdict} in {n} of {len(judged)}"
+            for verdict, n in counts.items()
+        )
+        parts.append(f"it {said} {name}")
+    if not parts:
+        return "No control for length could decide."
+    return f"Controlled for length, {'; '.join(parts)}."
+
+
+def _responses(model: str, data: str, comparisons: Sequence[Comparison]) -> Finding:
+    sentences, verdicts = [], []
+    for c in comparisons:
+        contrast, leakage = c.contrasts[NORM], c.leakage
+        projections = contrast.first.examples.projections
+        rd = contrast.mean_absolute_rd_P
+        told = int((contrast.sign_flip.p_P < 0.05).sum())
+        sentence = (
+            f"{c.first.role.setting}: irrelevant responses change the norm of a layer by "
+            f"{_list(rd.estimate, projections, 'percent')} on average over layers; their mean is "
+            f"{_factors(contrast.ratio_P, projections)} times as large, p below 0.05 in {told} of "
+            f"{len(projections)} projections."
+        )
+        of_setting = [verdict_of(c, k).leakage for k in range(len(projections))]
+        if leakage is not None and leakage.num_leaked:
+            verdicts += of_setting
+            sentence += (
+                f" In {leakage.num_leaked} of {leakage.num_pairs} pairs the irrelevant response is the "
+                "correct one; "
+            )
+            sentence += (
+                "without them nothing is left."
+                if leakage.without is None
+                else "without them it is "
+                f"{_list(leakage.without.mean_absolute_rd_P.estimate, projections, 'percent')}, and "
+                f"the contrast {_verdicts(of_setting, projections)}."
+            )
+        elif leakage is not None:
+            sentence += f" No leak in {leakage.num_pairs} pairs."
+            verdicts += [
+                "stands" if verdict == "stands" else "no contrast" for verdict in of_setting
+            ]
+        sentences.append(sentence)
+    where = ", ".join(part for part in (model, data) if part)
+    sizes = ", ".join(
+        f"{written(float(c.contrasts[NORM].mean_absolute_rd_P.estimate.mean()), 'percent')} in "
+        f"{c.first.role.setting}"
+        for c in comparisons
+    )
+    leaks = sum(c.leakage.num_leaked for c in comparisons if c.leakage is not None)
+    lead = f"Irrelevant responses change the nuclear norm of a layer by {sizes}."
+    if leaks:
+        lead += f" {leaks} pairs leak the correct answer; without them: {_left(verdicts)}."
+    outcome = _outcome(verdicts)
+    return Finding(f"{where}: correct against irrelevant", lead, tuple(sentences), outcome)
+
+
+def _left(verdicts: Sequence[Verdict]) -> str:
+    """How many contrasts stand, are not shown, turn round."""
+    counts = Counter(v for v in verdicts if v not in ("no contrast", "not known"))
+    total = counts.total()
+    if not total:
+        return "there was no contrast to lose"
+    return ", ".join(f"{n} of {total} contrasts: {verdict}" for verdict, n in counts.items())
+
+
+def _model(c: Comparison) -> Finding:
+    norm = c.contrasts[NORM]
+    projections = norm.first.examples.projections
+    sentence = (
+        f"The mean nuclear norm of {c.second.role.model} is {_factors(norm.ratio_P, projections)} "
+        f"times that of {c.first.role.model}{_p(norm)}."
+    )
+    return Finding(
+        f"{c.first.role.title}: base against instruction-tuned", (sentence,), "info"
+    )
+
+
+def _limits(study: Study) -> Finding:
+    sentences = [
+        "Intervals are of one number each, and are not widened for their number; the tables have p "
+        "adjusted for it (false discovery rate).",
+        "What is shown is shown of these examples and models. A contrast that stands under the three "
+        "controls for length may still have another reason.",
+    ]
+    left_out = sum(len(cell.examples.left_out) for cell in study.cells)
+    used = sum(cell.examples.num_examples for cell in study.cells)
+    sentences.append(
+        f"{used} examples are used and {left_out} left out, the reasons stand in the first table."
+    )
+    truncated = sum(cell.examples.num_truncated or 0 for cell in study.cells)
+    if truncated:
+        sentences.append(f"{truncated} of those used were cut at the run's max_length.")
+    small = [c for c in study.cells if c.examples.num_examples < 20]
+    if small:
+        sentences.append(
+            f"{len(small)} of {len(study.cells)} runs have fewer than 20 examples: their intervals are "
+            "known to be too narrow, and with one example there is none."
+        )
+    sentences += _missing(study)
+    sentences += [f"Not there: {what}: {why}" for what, why in study.unavailable.items()]
+    return Finding("What limits all of it", sentences[1], (sentences[0], *sentences[2:]), "info")
+
+
+def _missing(study: Study) -> list[str]:
+    """What could not be computed and what limits an interval, each reason once with its number."""
+    names = {name: found.title for name, found in STATISTIC_NAMES.items()}
+    sentences = []
+    for what, parts in (("runs", study.curves), ("comparisons", study.comparisons)):
+        found = Counter((name, _shape(why)) for part in parts for name, why in part.missing.items())
+        sentences += [
+            f"{names.get(name, name)} is missing in {count} of {len(parts)} {what}: {why}"
+            for (name, why), count in found.items()
+        ]
+    notes = Counter(
+        note for c in study.comparisons for note in _notes(c.contrasts.get(NORM)) if note
+    )
+    sentences += [
+        f"In {count} of {len(study.comparisons)} comparisons of the nuclear norm: {note}."
+        for note, count in notes.items()
+    ]
+    return sentences
+
+
+def _shape(why: str) -> str:
+    """A reason without the run that it is about: "LABEL: loss was not measured"."""
+    return why.split(": ", 1)[-1]
+
+
+def _notes(contrast: Contrast | None) -> list[str]:
+    return contrast.note.split("; ") if contrast is not None and contrast.note else []
+
+
+def _where(c: Comparison) -> str:
+    role = c.first.role
+    return ", ".join(part for part in (role.model, role.data) if part)
+
+
+def _list(values_P: Iterable[float], projections: Sequence[str], form: Form = "number") -> str:
+    """As "q 0.20, k 0.18"."""
+    return ", ".join(
+        f"{p} {written(float(value), form)}" for p, value in zip(projections, values_P, strict=True)
+    )
+
+
+def _factors(interval: Interval, projections: Sequence[str]) -> str:
+    return _list(interval.estimate, projections)
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = written(float(np.nanmin(values))), written(float(np.nanmax(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _p(contrast: Contrast) -> str:
+    p_P = contrast.sign_flip.p_P
+    if np.isnan(p_P).all():
+        return " (no pairs, so no p)"
+    return f" (p at most {written(float(np.nanmax(p_P)), 'p')} over {contrast.sign_flip.num_pairs} pairs)"
+
+
+def _sides(sides: Sequence[int | None], projections: Sequence[str]) -> str:
+    words: dict[int | None, str] = {
+        -1: "smaller in {}",
+        1: "larger in {}",
+        0: "the interval of the difference holds zero in {}",
+        None: "without an interval in {}",
+    }
+    return _grouped(sides, projections, lambda side: words[side])
+
+
+def _verdicts(verdicts: Iterable[Verdict], projections: Sequence[str]) -> str:
+    words: dict[Verdict, str] = {
+        "stands": "stands in {}",
+        "not shown": "is not shown in {}",
+        "turns round": "turns round in {}",
+        "no contrast": "was none in {}",
+        "not known": "is not known in {}",
+    }
+    return _grouped(list(verdicts), projections, lambda verdict: words[verdict])
+
+
+def _grouped(values: Sequence, projections: Sequence[str], words: Callable[..., str]) -> str:
+    parts = []
+    for value in dict.fromkeys(values):
+        of = [p for p, v in zip(projections, values, strict=True) if v == value]
+        parts.append(words(value).format("all" if len(of) == len(projections) else ", ".join(of)))
+    return ", ".join(parts)
+
+
+def _outcome(verdicts: Sequence[Verdict]) -> Outcome:
+    made = [v for v in verdicts if v not in ("no contrast", "not known")]
+    if not made:
+        return "unclear"
+    return "stands" if all(v == "stands" for v in made) else "falls"

@@ -1,0 +1,348 @@
+"""The file that declares a study: TOML -> `StudyConfig`. What is not understood is refused.
+
+| table | keys |
+|---|---|
+| (top) | title; about, data_root: relative to the file |
+| [analyze] | the flags of `bin/analyze` on examples, tokens and what is measured, by name |
+| [report] | level, num_resamples, num_permutations, seed |
+| [[models]] | name; path (omitted: the embedded model), role, pair |
+| [[data]] | name, correct = {setting = file}; kind, irrelevant = {setting = file} |
+
+`${NAME}` in a path is an environment variable. One that is not set is no error here: the study's
+other files and models can still be measured.
+"""
+
+import dataclasses
+import os
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jaxgrad.analysis import Resampling
+from jaxgrad.analysis.resampling import check_resampling
+from jaxgrad.dtypes import DTYPES
+from jaxgrad.errors import UserError
+from jaxgrad.examples import Fields
+from jaxgrad.options import AnalyzeOptions
+from jaxgrad.report.cells import CORRECT, IRRELEVANT, RESPONSES, Role, file_stem
+from jaxgrad.tokens import read_date
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_SLICE = {"start": int, "limit": int}
+_FIELDS = {f"{field.name}_field": str for field in dataclasses.fields(Fields)}
+_CHOICES = {"dtype": tuple(DTYPES), "precision": ("highest", "high", "default")}
+_LEAST = {"start": 0, "limit": 1, "max_length": 1, "batch_tokens": 1, "seed": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyModel:
+    """A model of a study.
+
+    Attributes:
+        name: For headings and directories.
+        path: As `bin/analyze --model_path` takes it; None for the embedded model.
+        role: "base" (its prompts are plain text unless [analyze] says otherwise: many base models
+            come with a chat template that they were not trained on) or "instruct".
+        pair: Base and instruction-tuned models of the same pair are compared.
+    """
+
+    name: str
+    path: str | None = None
+    role: Literal["base", "instruct"] | None = None
+    pair: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyData:
+    """A data set of a study.
+
+    Attributes:
+        name: For headings and directories.
+        kind: What it is about, in a word: "reasoning", "knowledge", "quality".
+        files: Response ("correct", "irrelevant") -> setting ("none", "detailed") -> file.
+    """
+
+    name: str
+    kind: str
+    files: Mapping[str, Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """A study as its file declares it.
+
+    Attributes:
+        path: The file.
+        title, about: For the report.
+        data_root: Where relative files of the data sets are; may hold an unset variable.
+        options: What to measure.
+        start, limit: The slice of every data file.
+        fields: Names of a record's fields.
+        resampling: Of the report.
+        models, data: The grid's sides.
+    """
+
+    path: Path
+    title: str
+    about: str
+    data_root: str
+    options: AnalyzeOptions
+    start: int
+    limit: int | None
+    fields: Fields
+    resampling: Resampling
+    models: tuple[StudyModel, ...]
+    data: tuple[StudyData, ...]
+
+    def roles(self, model: StudyModel) -> dict[Role, str]:
+        """The cells of one model with their files, in the order of the study."""
+        return {
+            Role(model.name, data.name, setting, response): file
+            for data in self.data
+            for response, files in data.files.items()
+            for setting, file in files.items()
+        }
+
+    def options_of(self, model: StudyModel) -> AnalyzeOptions:
+        """What to measure of a model: a base model gets no chat template, see `StudyModel.role`."""
+        if model.role == "base" and self.options.chat == "auto":
+            return dataclasses.replace(self.options, chat="no")
+        return self.options
+
+    def model_pairs(self) -> list[tuple[str, str]]:
+        """(base, instruction-tuned) names of the models to compare."""
+        return [
+            (base.name, tuned.name)
+            for base in self.models
+            for tuned in self.models
+            if base.pair is not None and base.pair == tuned.pair
+            if (base.role, tuned.role) == ("base", "instruct")
+        ]
+
+    def data_path(self, file: str) -> Path:
+        """Where a data set's file is.
+
+        Raises:
+            UserError: An environment variable in it is not set.
+        """
+        place = Path(expanded(file)).expanduser()
+        if place.is_absolute():
+            return place
+        return self.path.parent / Path(expanded(self.data_root)).expanduser() / place
+
+    def model_path(self, model: StudyModel) -> str | None:
+        """What `open_checkpoint` is given: a path beside the file, if one is there, else as it stands.
+
+        Raises:
+            UserError: An environment variable in it is not set.
+        """
+        if model.path is None:
+            return None
+        path = expanded(model.path)
+        beside = self.path.parent / Path(path).expanduser()
+        return str(beside) if path.startswith(("./", "../")) or beside.exists() else path
+
+
+def expanded(text: str) -> str:
+    """A path with its environment variables.
+
+    Raises:
+        UserError: One is not set.
+    """
+    unset = [name for name in _VARIABLE.findall(text) if not os.environ.get(name)]
+    if unset:
+        raise UserError(f"the environment variable {unset[0]} is not set ({text} needs it)")
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], text)
+
+
+def read_study(path: str | os.PathLike[str], *, limit: int | None = None) -> StudyConfig:
+    """Reads a study's file.
+
+    Args:
+        path: The file.
+        limit: How many examples of each data file, in place of the file's own `limit`.
+
+    Raises:
+        UserError: It is missing or no TOML, or a key is unknown, missing or not of its type, or two
+            cells would be the same.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            tree = tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --config takes a study's TOML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not TOML: {error}; mend that line") from error
+    top = _Table(path, "", tree)
+    top.only({"title", "about", "data_root", "analyze", "report", "models", "data"})
+    models = tuple(_model(table) for table in top.tables("models"))
+    data = tuple(_data(table) for table in top.tables("data"))
+    analyze = top.table("analyze")
+    kinds = typing.get_type_hints(AnalyzeOptions)
+    analyze.only([*kinds, *_SLICE, *_FIELDS])
+    report = top.table("report")
+    limits = typing.get_type_hints(Resampling)
+    report.only(limits)
+    config = StudyConfig(
+        path=path,
+        title=top.value("title", str),
+        about=top.value("about", str, ""),
+        data_root=top.value("data_root", str, "."),
+        options=AnalyzeOptions(**analyze.values(kinds)),
+        start=analyze.value("start", int, 0),
+        limit=limit or analyze.value("limit", int, None),
+        fields=Fields(
+            **{name.removesuffix("_field"): v for name, v in analyze.values(_FIELDS).items()}
+        ),
+        resampling=Resampling(**report.values(limits)),
+        models=models,
+        data=data,
+    )
+    _check(config, analyze, report)
+    return config
+
+
+def _check(config: StudyConfig, analyze: "_Table", report: "_Table") -> None:
+    """What no key shows alone."""
+    try:
+        check_resampling(config.resampling.level, config.resampling.num_resamples)
+    except UserError as error:
+        report.refuse(str(error))
+    if config.resampling.num_permutations < 1:
+        report.refuse("num_permutations is less than 1: give 1 or more")
+    if config.options.date is not None:
+        try:
+            read_date(config.options.date)
+        except UserError as error:
+            analyze.refuse(str(error))
+    top = _Table(config.path, "", {})
+    stems: dict[str, str] = {}
+    for model in config.models:
+        stem = file_stem(model.name)
+        if stem in stems:
+            top.refuse(
+                f"the models {stems[stem]!r} and {model.name!r} would have the same directory "
+                f"{stem!r}: give one another name"
+            )
+        stems[stem] = model.name
+        if model.pair is not None and not any(model.name in pair for pair in config.model_pairs()):
+            top.refuse(
+                f"the model {model.name!r} is alone in the pair {model.pair!r}: give a model of the "
+                "other role (base, instruct) the same pair, or leave pair out"
+            )
+    names = [data.name for data in config.data]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        top.refuse(f"two data sets are called {twice!r}: give each its own name")
+    places: dict[str, Role] = {}
+    for role in config.roles(config.models[0]):
+        other = places.setdefault(role.stem, role)
+        if other != role:
+            top.refuse(
+                f"the cells {other.title!r} and {role.title!r} would have the same directory "
+                f"{role.stem!r}: give one another name"
+            )
+
+
+def _model(table: "_Table") -> StudyModel:
+    table.only({"name", "path", "role", "pair"})
+    role = table.value("role", Literal["base", "instruct"], None)
+    pair = table.value("pair", str, None)
+    if pair is not None and role is None:
+        table.refuse('pair needs a role: add role = "base" or role = "instruct"')
+    name = table.value("name", str)
+    table.stem(name)
+    return StudyModel(name, table.value("path", str, None), role, pair)
+
+
+def _data(table: "_Table") -> StudyData:
+    table.only({"name", "kind", *RESPONSES})
+    name = table.value("name", str)
+    table.stem(name)
+    files = {}
+    for response in RESPONSES:
+        if response == IRRELEVANT and response not in table.content:
+            continue
+        inner = table.table(response)
+        if not inner.content:
+            table.refuse(f"{response} names no file: give {response} = {{SETTING = FILE}}")
+        for setting in inner.content:
+            inner.stem(setting)
+        files[response] = {setting: inner.value(setting, str) for setting in inner.content}
+    assert CORRECT in files
+    return StudyData(name, table.value("kind", str, ""), files)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A table of the file, with its name for errors."""
+
+    path: Path
+    name: str
+    content: dict[str, Any]
+
+    def refuse(self, what: str) -> NoReturn:
+        raise UserError(f"{self.path}: {f'[{self.name}]: ' * bool(self.name)}{what}")
+
+    def only(self, known: Collection[str]) -> None:
+        for key in self.content:
+            if key not in known:
+                self.refuse(f"{key!r} is not a key here: remove it, or use {', '.join(known)}")
+
+    def stem(self, name: str) -> None:
+        try:
+            file_stem(name)
+        except UserError as error:
+            self.refuse(str(error))
+
+    def value(self, key: str, kind: Any, *default: Any) -> Any:
+        """A key's value; without a default it must be there."""
+        if key not in self.content:
+            if default:
+                return default[0]
+            self.refuse(f"{key!r} is missing: add {key} = ...")
+        value = self.content[key]
+        choices = _CHOICES.get(key, ())
+        if typing.get_origin(kind) is Literal:
+            choices, kind = typing.get_args(kind), str
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            self.refuse(f"{key} = {value!r} is not {_TYPES[kind]}: write {_TYPES[kind]}")
+        if choices and value not in choices:
+            self.refuse(f"{key} = {value!r} is unknown: use one of {', '.join(choices)}")
+        if kind is str and not value.strip() and not (default and default[0] == ""):
+            self.refuse(f"{key} is empty: give it a value")
+        if key in _LEAST and value < _LEAST[key]:
+            self.refuse(f"{key} = {value} is too small: give {_LEAST[key]} or more")
+        return value
+
+    def values(self, kinds: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of these keys that are there."""
+        return {key: self.value(key, kind) for key, kind in kinds.items() if key in self.content}
+
+    def table(self, key: str) -> "_Table":
+        """A table within; empty where it is not there."""
+        content = self.content.get(key, {})
+        if not isinstance(content, dict):
+            self.refuse(f"{key!r} is not a table: write it as [{key}] with its keys below")
+        return _Table(self.path, f"{self.name}.{key}".lstrip("."), content)
+
+    def tables(self, key: str) -> list["_Table"]:
+        """The tables of a list; there must be one."""
+        content = self.content.get(key)
+        if not content:
+            self.refuse(f"there is no [[{key}]]: add one or more")
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            self.refuse(f"{key!r} is not a list of tables: write each as [[{key}]]")
+        return [_Table(self.path, f"{key}, number {k}", part) for k, part in enumerate(content, 1)]

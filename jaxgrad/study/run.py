@@ -1,0 +1,211 @@
+"""Runs a study: each model is loaded once for all of its cells; then the report."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from jaxgrad.errors import OutputError, UserError
+from jaxgrad.pipeline import Session, plan_job
+from jaxgrad.report.cells import Role, read_cell
+from jaxgrad.results import RunDirectory
+from jaxgrad.results.store import load_run
+from jaxgrad.study.config import StudyConfig, StudyModel
+from jaxgrad.study.plan import Plan, PlannedCell, in_a_study, plan_study, unavailable
+
+Reasons = dict[tuple[str, Role], str]
+# What too small a memory raises, the host's and the device's; the second also stands for bugs.
+_OUT_OF_MEMORY = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+def run_study(
+    config: StudyConfig,
+    output_dir: str | Path,
+    *,
+    report_only: bool = False,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> Path:
+    """Measures what is not measured yet, and writes the report.
+
+    A data file or a model that is missing or cannot be read costs its cells, not the study: the
+    reason is told and stands in the report. Interrupted, it is continued by the same call.
+
+    Args:
+        config: From `read_study`.
+        output_dir: The runs are in OUTPUT_DIR/runs/MODEL/CELL, the report in OUTPUT_DIR/report.
+        report_only: Measure nothing; report what is finished.
+        say: Takes the lines for the user.
+        progress: Show bars on stderr.
+
+    Returns:
+        The report's index.html.
+
+    Raises:
+        OutputError: `output_dir` cannot be written, or holds runs of another configuration.
+        UserError: Not one cell could be measured.
+    """
+    output_dir = Path(output_dir)
+    plan = plan_study(config, output_dir, report_only=report_only)
+    RunDirectory.probe(output_dir)
+    for line in plan.summary():
+        say(line)
+    reasons: Reasons = {}
+    if not report_only:
+        for model in config.models:
+            reasons |= _measure_model(plan, model, say, progress)
+    return _report(plan, output_dir, reasons, report_only, say, progress)
+
+
+def _measure_model(
+    plan: Plan, model: StudyModel, say: Callable[[str], None], progress: bool
+) -> Reasons:
+    """Runs the cells of one model; why those are missing that could not be run."""
+    config = plan.config
+    numbered = [(k, cell) for k, cell in enumerate(plan.cells, 1) if cell.model == model]
+    cells = [(k, cell) for k, cell in numbered if cell.data is not None]
+    reasons: Reasons = {
+        (model.name, cell.role): cell.reason for _, cell in numbered if cell.reason is not None
+    }
+    if not cells:
+        return reasons
+    try:
+        session = Session(config.model_path(model), config.options_of(model), progress=progress)
+        _ = session.checkpoint
+    except UserError as error:
+        say(f"{model.name} cannot be opened, so its cells are left out: {in_a_study(error)}")
+        return reasons | _left_out(cells, in_a_study(error))
+    clock = _Clock([cell for _, cell in cells])
+    for place, (k, cell) in enumerate(cells):
+        assert cell.data is not None
+        say(f"[{k} of {len(plan.cells)}] {cell.title}{clock.left(model)}")
+        try:
+            job = plan_job(
+                cell.data, cell.directory, cell.options, start=config.start, limit=config.limit
+            )
+            with clock.timing(cell):
+                summary = session.run(job, say=say, progress=progress)
+        except OutputError as error:
+            raise OutputError(f"{cell.title}: {error}") from error
+        except UserError as error:
+            why = in_a_study(error)
+        except _OUT_OF_MEMORY as error:
+            if not _is_memory(error):
+                raise
+            why = "the device's memory is too small for this model and these examples"
+        else:
+            if summary.reused:
+                say("finished before: nothing to compute")
+            continue
+        if not _loads(session):
+            say(f"{model.name} cannot be loaded, so its cells are left out: {why}")
+            return reasons | _left_out(cells[place:], why)
+        say(f"left out: {why}")
+        reasons[model.name, cell.role] = why
+    return reasons
+
+
+def _left_out(cells: Sequence[tuple[int, PlannedCell]], why: str) -> Reasons:
+    # What was finished before needs no model any more.
+    return {(cell.model.name, cell.role): why for _, cell in cells if not cell.finished}
+
+
+def _loads(session: Session) -> bool:
+    """Whether it was not the model that failed."""
+    try:
+        _ = session.model
+    except UserError:
+        return False
+    except _OUT_OF_MEMORY as error:
+        if not _is_memory(error):
+            raise
+        return False
+    return True
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+class _Clock:
+    """How long the rest of a model's cells may take, from the text measured so far."""
+
+    # Text beyond it is cut off, at about four characters a token.
+    _CHARACTERS = 4096
+
+    def __init__(self, cells: Sequence[PlannedCell]) -> None:
+        self._left = {cell.role: self._work(cell) for cell in cells if not cell.finished}
+        self._done, self._seconds = 0, 0.0
+
+    def _work(self, cell: PlannedCell) -> int:
+        assert cell.data is not None
+        lengths = (len(e.instruction) + len(e.response) for e in cell.data.examples)
+        return sum(min(length, self._CHARACTERS) for length in lengths)
+
+    @contextlib.contextmanager
+    def timing(self, cell: PlannedCell) -> Iterator[None]:
+        """Times a cell; one that was finished or begun before tells nothing of the speed."""
+        begun = load_run(cell.directory) is not None
+        started = time.monotonic()
+        yield
+        work = self._left.pop(cell.role, 0)
+        if not begun:
+            self._done += work
+            self._seconds += time.monotonic() - started
+
+    def left(self, model: StudyModel) -> str:
+        """Such as " (about 12 min left for MODEL)"; nothing while that is not known."""
+        if not self._done or not self._left:
+            return ""
+        minutes = sum(self._left.values()) * self._seconds / self._done / 60
+        amount = f"{minutes / 60:.1f} h" if minutes >= 90 else f"{max(1, round(minutes))} min"
+        return f" (about {amount} left for {model.name})"
+
+
+def _report(
+    plan: Plan,
+    output_dir: Path,
+    reasons: Reasons,
+    report_only: bool,
+    say: Callable[[str], None],
+    progress: bool,
+) -> Path:
+    config, cells = plan.config, []
+    for planned in plan.cells:
+        key = (planned.model.name, planned.role)
+        run = load_run(planned.directory)
+        if run is None or not run["finished"]:
+            reasons.setdefault(key, planned.reason or "not run yet")
+            continue
+        try:
+            cells.append(read_cell(planned.role, planned.directory))
+            reasons.pop(key, None)
+        except UserError as error:
+            reasons[key] = str(error)
+    told = unavailable(config, reasons)
+    for name, why in told.items():
+        say(f"missing: {name}: {why}")
+    if not cells:
+        hint = "run without --report_only" if report_only else "mend one of these"
+        # A cell that was tried tells more than one whose file is not there.
+        cell = next((cell for cell in plan.cells if cell.data is not None), plan.cells[0])
+        why = f"{cell.title}: {reasons[cell.model.name, cell.role]}"
+        raise UserError(f"{config.path}: not one cell is there to report ({why}); {hint}")
+    # Here, because figures and page bring libraries that measuring does not need.
+    from jaxgrad.report.build import write_report
+
+    say(f"report: {len(cells)} of {len(plan.cells)} cells")
+    index = write_report(
+        cells,
+        output_dir / "report",
+        title=config.title,
+        about=config.about,
+        model_pairs=config.model_pairs(),
+        unavailable=told,
+        resampling=config.resampling,
+        progress=progress,
+    )
+    say(str(index))
+    return Path(index)

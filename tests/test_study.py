@@ -1,0 +1,449 @@
+"""Studies: what their files may say, what is there to do, and that missing parts cost only themselves."""
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from jax.errors import JaxRuntimeError
+from tiny_models import Tiny, save_tiny
+
+import jaxgrad
+from jaxgrad.analysis import Resampling
+from jaxgrad.errors import OutputError, UserError
+from jaxgrad.examples import Fields
+from jaxgrad.models.load import Checkpoint
+from jaxgrad.options import AnalyzeOptions
+from jaxgrad.program import Programs
+from jaxgrad.report.cells import Role
+from jaxgrad.study import plan_study, read_study, run_study
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+MINIMAL = """
+title = "T"
+[[models]]
+name = "tiny"
+[[data]]
+name = "AQuA"
+correct = {none = "none.json"}
+"""
+STUDY = """
+title = "A title"
+about = "A question"
+data_root = "data"
+
+[analyze]
+max_length = 48
+limit = 3
+date = "2024-02-29"
+
+[report]
+num_resamples = 200
+
+[[models]]
+name = "Tiny base"
+path = "./model"
+role = "base"
+pair = "tiny"
+
+[[models]]
+name = "Tiny-it"
+path = "./nowhere"
+role = "instruct"
+pair = "tiny"
+
+[[data]]
+name = "AQuA"
+kind = "reasoning"
+correct = {none = "none.json", detailed = "detailed.json"}
+irrelevant = {none = "absent.json"}
+
+[[data]]
+name = "Wiki"
+correct = {popular = "broken.json"}
+"""
+
+
+def written(folder, text):
+    path = folder / "study.toml"
+    path.write_text(text)
+    return path
+
+
+def read(folder, text):
+    return read_study(written(folder, text))
+
+
+# The file
+
+
+def test_defaults(tmp_path):
+    config = read(tmp_path, MINIMAL)
+    assert (config.title, config.about, config.start, config.limit) == ("T", "", 0, None)
+    assert config.options == AnalyzeOptions() and config.fields == Fields()
+    assert config.resampling == Resampling() and config.model_pairs() == []
+    assert config.model_path(config.models[0]) is None
+    assert config.data_path("none.json") == tmp_path / "none.json"
+
+
+def test_every_key_arrives(tmp_path):
+    text = MINIMAL.replace("[[models]]", "[analyze]\n#\n[report]\n#R\n[[models]]", 1)
+    text = text.replace(
+        "#\n",
+        'protocol = "clean"\nchat = "no"\nmax_length = 7\nparameters = "mlp"\nmethod = "dense"\n'
+        'spectrum = true\nextremes = true\nsimilarity = true\nbatch_tokens = 3\ndtype = "float64"\n'
+        'precision = "high"\ndate = "2024-02-29"\nstart = 2\nlimit = 5\ninstruction_field = "a"\n'
+        'input_field = "b"\noutput_field = "c"\n',
+        1,
+    ).replace("#R\n", "level = 0.9\nnum_resamples = 300\nnum_permutations = 9\nseed = 4\n")
+    config = read(tmp_path, text)
+    expected = AnalyzeOptions(
+        "clean", "no", 7, "mlp", "dense", True, True, True, 3, "float64", "high", "2024-02-29"
+    )
+    assert config.options == expected
+    assert (config.start, config.limit, config.fields) == (2, 5, Fields("a", "b", "c"))
+    assert config.resampling == Resampling(0.9, 300, 9, 4)
+    assert read_study(config.path, limit=1).limit == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('title = "T"', "", "'title' is missing"),
+        ('title = "T"', "title = 3", "title = 3 is not text"),
+        ('title = "T"', 'title = " "', "title is empty"),
+        ('title = "T"', 'title = "T"\nabuot = "x"', "'abuot' is not a key here"),
+        ('title = "T"', 'title = "T', "is not TOML"),
+        ("[[models]]", '[analyze]\nmodel_path = "x"\n[[models]]', "'model_path' is not a key"),
+        ("[[models]]", "[analyze]\nmax_length = true\n[[models]]", "not a whole number"),
+        ("[[models]]", '[analyze]\nmax_length = "1"\n[[models]]', "not a whole number"),
+        ("[[models]]", "[analyze]\nlimit = 0\n[[models]]", "limit = 0 is too small"),
+        ("[[models]]", "[analyze]\nstart = -1\n[[models]]", "start = -1 is too small"),
+        ("[[models]]", '[analyze]\nprotocol = "papers"\n[[models]]', "use one of paper, clean"),
+        ("[[models]]", '[analyze]\ndtype = "int8"\n[[models]]', "float32, bfloat16, float64"),
+        ("[[models]]", '[analyze]\ndate = "2023-02-29"\n[[models]]', "2023-02-29"),
+        ("[[models]]", '[analyze]\nsimilarity = "yes"\n[[models]]', "not true or false"),
+        ("[[models]]", "analyze = 1\n[[models]]", "'analyze' is not a table"),
+        ("[[models]]", "[report]\nlevel = 95\n[[models]]", "coverage between 0 and 1"),
+        ("[[models]]", "[report]\nnum_resamples = 9\n[[models]]", "give 100 or more"),
+        ("[[models]]", "[report]\nnum_permutations = 0\n[[models]]", "num_permutations is less"),
+        ("[[models]]", "[report]\nseed = -1\n[[models]]", "seed = -1 is too small"),
+        ('[[models]]\nname = "tiny"', "", "there is no [[models]]"),
+        ('[[models]]\nname = "tiny"', "models = []", "there is no [[models]]"),
+        ('[[models]]\nname = "tiny"', "models = [1]", "not a list of tables"),
+        ('[[models]]\nname = "tiny"', '[models]\nname = "tiny"', "not a list of tables"),
+        ('name = "tiny"', 'name = "tiny"\nrole = "tuned"', "use one of base, instruct"),
+        ('name = "tiny"', 'name = "tiny"\npair = "p"', "pair needs a role"),
+        ('name = "tiny"', 'name = "tiny"\nrole = "base"\npair = "p"', "alone in the pair 'p'"),
+        ('name = "tiny"', 'name = "..."', "no letter or digit"),
+        ('name = "tiny"', 'name = "tiny"\n[[models]]\nname = "Tiny"', "the same directory 'tiny'"),
+        ('name = "AQuA"', 'name = "AQuA"\nkind = 1', "kind = 1 is not text"),
+        ('correct = {none = "none.json"}', "", "correct names no file"),
+        ('correct = {none = "none.json"}', "correct = {}", "correct names no file"),
+        ('correct = {none = "none.json"}', "correct = {none = 1}", "none = 1 is not text"),
+        ('correct = {none = "none.json"}', 'correct = "f"', "'correct' is not a table"),
+        ('{none = "none.json"}', '{none = "a"}\nirrelevant = {}', "irrelevant names no file"),
+        ('{none = "none.json"}', '{none = "a"}\nwrong = {}', "'wrong' is not a key here"),
+        ('{none = "none.json"}', '{"a b" = "a", "a-b" = "b"}', "the same directory"),
+        (
+            '{none = "none.json"}',
+            '{none = "a"}\n[[data]]\nname = "AQuA"\ncorrect = {none = "b"}',
+            "two data sets are called 'AQuA'",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_named_in_one_line(tmp_path, old, new, told):
+    assert MINIMAL.count(old) == 1
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, MINIMAL.replace(old, new))
+    message = str(caught.value)
+    assert told in message and str(tmp_path / "study.toml") in message and "\n" not in message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_study(tmp_path / "no.toml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_studies(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXGRAD_SHARED", str(tmp_path))
+    config = read_study(path)
+    command = f"--config=configs/{path.name}"
+    header = path.read_text().split("\n\n")[0]
+    assert command in header and "device time" in header and "what to expect" in header
+    stems = [role.stem for role in config.roles(config.models[0])]
+    assert len(set(stems)) == len(stems)
+    if path.stem.startswith("paper"):
+        assert len(config.models) == 10 and len(config.model_pairs()) == 5
+        assert config.limit == 500
+
+
+def test_the_demo_has_its_data_and_the_reproduction_its_cells():
+    demo = read_study(ROOT / "configs" / "demo.toml")
+    files = [demo.data_path(file) for file in demo.roles(demo.models[0]).values()]
+    assert len(files) == 6 and all(path.is_file() for path in files)
+    roles = list(read_study(ROOT / "configs" / "reproduction_smollm2.toml").roles(demo.models[0]))
+    assert len(roles) == 3 * 3 * 2 + 2 * 2 + 2 * 2
+
+
+# What there is to do
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A study with one model of two, and two files of four, one of the others broken."""
+    folder = tmp_path_factory.mktemp("study")
+    save_tiny(Tiny(num_heads=4, num_kv_heads=2, tied=False, width=52), folder / "model")
+    (folder / "data").mkdir()
+    for name, output in (("none", "3"), ("detailed", "1 and 2 is 3")):
+        rows = [{"instruction": f"What is {i}?", "input": "", "output": output} for i in range(4)]
+        (folder / "data" / f"{name}.json").write_text(json.dumps(rows))
+    (folder / "data" / "broken.json").write_text("[{")
+    written(folder, STUDY)
+    return folder
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """The calls of `write_report`, which is not what is tested here."""
+    calls = []
+
+    def write_report(cells, output_dir, **rest):
+        calls.append((cells, output_dir, rest))
+        return output_dir / "index.html"
+
+    module = types.ModuleType("jaxgrad.report.build")
+    module.write_report = write_report
+    monkeypatch.setitem(sys.modules, "jaxgrad.report.build", module)
+    return calls
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The number of batches measured, as a list's length; `measured.stop` of them, then Ctrl-C."""
+    original = Programs.measure
+
+    class Measured(list):
+        stop = 10**9
+
+    counted = Measured()
+
+    def measure(self, *arguments):
+        if len(counted) == counted.stop:
+            raise KeyboardInterrupt
+        counted.append(1)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Programs, "measure", measure)
+    return counted
+
+
+def run(folder, output_dir, **options):
+    lines = []
+    config = read_study(folder / "study.toml", limit=options.pop("limit", None))
+    run_study(config, output_dir, say=lines.append, progress=False, **options)
+    return lines
+
+
+@pytest.fixture(scope="module")
+def finished(home, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        module = types.ModuleType("jaxgrad.report.build")
+        module.write_report = lambda *a, **k: calls.append((a, k)) or "index.html"
+        patch.setitem(sys.modules, "jaxgrad.report.build", module)
+        output_dir = tmp_path_factory.mktemp("runs") / "out"
+        lines = run(home, output_dir)
+    return output_dir, lines, calls
+
+
+def test_the_grid(home, tmp_path):
+    plan = plan_study(read_study(home / "study.toml"), tmp_path / "out")
+    assert [cell.title for cell in plan.cells[:4]] == [
+        "Tiny base: AQuA, none",
+        "Tiny base: AQuA, detailed",
+        "Tiny base: AQuA, none, irrelevant",
+        "Tiny base: Wiki, popular",
+    ]
+    assert plan.cells[2].directory == tmp_path / "out/runs/tiny-base/aqua.none.irrelevant"
+    assert [plan.state(cell) for cell in plan.cells] == [
+        *("to measure", "to measure", "without data", "without data"),
+        *("without model", "without model", "without data", "without data"),
+    ]
+    # A base model gets no chat template, though this tokenizer has one.
+    assert [cell.options.chat for cell in plan.cells] == ["no"] * 4 + ["auto"] * 4
+    assert plan.config.model_pairs() == [("Tiny base", "Tiny-it")]
+    summary, *missing = plan.summary()
+    assert "8 cells (2 models, 2 data sets): 2 to measure, 4 without data, 2 without mod" in summary
+    assert len([line for line in missing if "missing data" in line]) == 4
+    assert any("nowhere: no such file" in line and "--model_path" not in line for line in missing)
+    grid = "\n".join(plan.grid())
+    assert "3 of 4 records; to measure" in grid and "absent.json: no such file" in grid
+    assert "[reasoning]" in grid and "Tiny-it (missing: " in grid
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unset_variable_costs_its_files_alone(home, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAXGRAD_NOWHERE", raising=False)
+    text = STUDY.replace("./nowhere", "${JAXGRAD_NOWHERE}/m").replace(
+        '"absent.json"', '"${JAXGRAD_NOWHERE}/a.json"'
+    )
+    (tmp_path / "data").symlink_to(home / "data")
+    plan = plan_study(read(tmp_path, text), tmp_path / "out")
+    assert "JAXGRAD_NOWHERE is not set" in plan.cells[2].reason
+    assert "JAXGRAD_NOWHERE is not set" in plan.missing_models["Tiny-it"]
+    monkeypatch.setenv("JAXGRAD_NOWHERE", str(home / "data"))
+    config = read(tmp_path, text)
+    assert config.data_path("${JAXGRAD_NOWHERE}/a.json") == home / "data" / "a.json"
+
+
+# Running
+
+
+def test_what_is_there_is_measured_and_the_rest_is_named(finished):
+    output_dir, lines, [((cells, place), rest)] = finished
+    assert [cell.role for cell in cells] == [
+        Role("Tiny base", "AQuA", "none"),
+        Role("Tiny base", "AQuA", "detailed"),
+    ]
+    assert place == output_dir / "report"
+    assert rest["title"] == "A title" and rest["about"] == "A question"
+    assert rest["model_pairs"] == [("Tiny base", "Tiny-it")]
+    assert rest["resampling"] == Resampling(num_resamples=200)
+    missing = rest["unavailable"]
+    assert list(missing) == [
+        "AQuA, none, irrelevant, all models",
+        "Wiki, popular, all models",
+        "Tiny-it: AQuA, none",
+        "Tiny-it: AQuA, detailed",
+    ]
+    assert "absent.json: no such file" in missing["AQuA, none, irrelevant, all models"]
+    assert "broken.json" in missing["Wiki, popular, all models"]
+    assert "nowhere: no such file" in missing["Tiny-it: AQuA, none"]
+    assert all(any(why in line for line in lines) for why in missing.values())
+    assert any(line.startswith("[2 of 8] Tiny base: AQuA, detailed (about 1 min") for line in lines)
+    assert sum(line.startswith("memory: ") for line in lines) == 2 and lines[-1] == "index.html"
+    identity = json.loads((cells[0].path / "run.json").read_text())["identity"]
+    assert identity["data"]["limit"] == 3 and identity["options"]["date"] == "2024-02-29"
+
+
+def test_a_second_run_computes_nothing(home, finished, reports, measured):
+    lines = run(home, finished[0])
+    assert not measured and sum("nothing to compute" in line for line in lines) == 2
+    assert len(reports[0][0]) == 2
+
+
+def test_finished_runs_are_reported_without_their_data_and_model(
+    home, finished, tmp_path, reports, measured
+):
+    for how in ("report_only", "again"):
+        written(tmp_path, STUDY)
+        lines = run(tmp_path, finished[0], report_only=how == "report_only")
+        assert len(reports[-1][0]) == 2 and not measured
+    assert any("Tiny-it, all 4 cells" in line or "all models" in line for line in lines)
+
+
+def test_report_only_lists_what_was_not_run(home, finished, tmp_path, reports, measured):
+    shutil.copytree(finished[0], tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/runs/tiny-base/aqua.detailed.correct")
+    run(home, tmp_path / "out", report_only=True)
+    [(cells, _, rest)] = reports
+    assert len(cells) == 1 and not measured
+    assert rest["unavailable"]["AQuA, detailed, all models"] == "not run yet"
+    with pytest.raises(UserError, match="run without --report_only"):
+        run(home, tmp_path / "empty", report_only=True)
+
+
+def test_interrupted_and_continued(home, finished, tmp_path, reports, measured):
+    measured.stop = 4  # in the second cell, one of three examples
+    with pytest.raises(KeyboardInterrupt):
+        run(home, tmp_path / "out")
+    assert not reports
+    measured.stop = 10**9
+    run(home, tmp_path / "out")
+    assert len(measured) == 6 and len(reports) == 1
+    for cell in finished[2][0][0][0]:
+        again = tmp_path / "out" / cell.path.relative_to(finished[0])
+        expected = jaxgrad.read_results(cell.path).matrices
+        assert jaxgrad.read_results(again).matrices.equals(expected)
+
+
+def test_another_configuration_is_refused_before_anything_is_done(home, finished, measured):
+    with pytest.raises(OutputError, match=r"^Tiny base: AQuA, none: .*limit is 3 there, 2 here"):
+        run(home, finished[0], limit=2)
+    run_json = finished[0] / "runs/tiny-base/aqua.detailed.correct/run.json"
+    text = run_json.read_text()
+    run_json.write_text("{")
+    try:
+        with pytest.raises(OutputError, match=r"^Tiny base: AQuA, detailed: .*damaged"):
+            run(home, finished[0])
+    finally:
+        run_json.write_text(text)
+    assert not measured
+
+
+def test_a_run_keeps_the_day_it_was_begun_on(home, finished, tmp_path):
+    written(tmp_path, STUDY.replace('date = "2024-02-29"', ""))
+    (tmp_path / "data").symlink_to(home / "data")
+    plan = plan_study(read_study(tmp_path / "study.toml"), finished[0])
+    assert {cell.options.date for cell in plan.cells} == {"2024-02-29"}
+
+
+def test_an_option_that_does_not_fit_the_model_is_its_cells_reason(home, tmp_path, reports):
+    shutil.copytree(home, tmp_path / "home")
+    written(tmp_path / "home", STUDY.replace("max_length = 48", "max_length = 999"))
+    with pytest.raises(UserError, match=r"not one cell is there .*257 positions.*mend one of"):
+        run(tmp_path / "home", tmp_path / "out")
+    assert not reports
+
+
+def test_weights_that_cannot_be_read_are_tried_once_more_and_cost_their_model(
+    home, tmp_path, reports, monkeypatch
+):
+    tried = []
+
+    def load(self, dtype, *, progress=False):
+        tried.append(self.name)
+        raise UserError("the weights are damaged")
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    with pytest.raises(UserError, match="Tiny base: AQuA, none: the weights are damaged"):
+        run(home, tmp_path / "out")
+    assert len(tried) == 2 and not reports
+
+
+@pytest.mark.parametrize("error", [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TB")])
+@pytest.mark.parametrize("where", [(Programs, "measure"), (Checkpoint, "load")])
+def test_memory_that_does_not_suffice(home, tmp_path, reports, monkeypatch, where, error):
+    """Each of two cells is tried; weights are tried twice, and then their model is given up."""
+    tried = []
+
+    def fail(*arguments, **options):
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(UserError, match="memory is too small"):
+        run(home, tmp_path / "out")
+    assert len(tried) == 2
+
+
+def test_another_error_of_the_device_is_a_bug_and_stops(home, tmp_path, monkeypatch):
+    def measure(*arguments):
+        raise JaxRuntimeError("INTERNAL: no")
+
+    monkeypatch.setattr(Programs, "measure", measure)
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        run(home, tmp_path / "out")
+
+
+def test_the_binary_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "bin" / "study"), f"--config={tmp_path}/no.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
