@@ -12,7 +12,7 @@ from jaxgrad.report.comparisons import compare_all
 
 from analysis_runs import identity
 
-QUICK = Resampling(num_resamples=100, num_permutations=99)
+QUICK = Resampling(num_resamples=100, num_permutations=100)
 WORDS = (
     "A shop sells pens in packs of twelve. How many packs are needed for a class of thirty pupils who "
     "need two pens each, if one pack was lost on the way? Then say what is left over."

@@ -113,7 +113,7 @@ def _write_files(study: Study, directory: Path, y_limits: YLimits, progress: boo
             (directory / "tables" / f"{table.name}{suffix}").write_text(form(table), "utf-8")
     (directory / SUMMARY).write_text(_summary(study, found, tables), "utf-8")
     write_figures(study, directory / "figures", y_limits=y_limits, progress=progress)
-    in_words = [PageFinding(f.heading, f.sentences, f.outcome) for f in found]
+    in_words = [PageFinding(f.heading, f.sentences, f.outcome, f.lead) for f in found]
     write_page(study, tables, in_words, directory / PAGE)
 
 

@@ -56,11 +56,13 @@ class PageFinding:
         heading: In a few words.
         sentences: With their figures.
         verdict: What the controls leave of it.
+        lead: The finding in a line or two; the sentences then unfold.
     """
 
     heading: str
     sentences: Sequence[str]
     verdict: FindingVerdict = "info"
+    lead: str = ""
 
 
 @dataclass(frozen=True)

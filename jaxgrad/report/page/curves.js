@@ -159,7 +159,7 @@ async function similarityPanels() {
       rows[i][j] = rows[j][i] = v == null ? null : v / 1000;
     }
     return { name, rows };
-  });
+  }).filter(({ rows }) => rows.some((row, i) => row.some((v, j) => i !== j && v != null)));
   const off = all.flatMap(({ rows }) => rows.flatMap((row, i) => finite(row.filter((_, j) => j !== i)))).map(Math.abs);
   const most = Math.max(0.05, off.reduce((a, b) => Math.max(a, b), 0));
   return all.map(({ name, rows }) => ({ key: `similarity ${name}`, title: core.projections[name]?.title ?? name, sub: `${found.used} examples`, draw: (div) => drawMatrix(div, found.layers, rows, most) }));

@@ -45,7 +45,8 @@ function rangeOf(series, { log, bands }) {
   if (!all.length) return null;
   let low = all.reduce((a, b) => Math.min(a, b)), high = all.reduce((a, b) => Math.max(a, b));
   const air = (high - low || Math.abs(high) || 1) * 0.06;
-  return [low - air, high + air];
+  // Air below zero would suggest that the statistic can be negative.
+  return [!log && low >= 0 ? Math.max(low - air, 0) : low - air, high + air];
 }
 
 // Curves over layers. A series: key, name, look (colour, dash, symbol), layers, values, low, high.
@@ -65,7 +66,7 @@ function drawLines(div, series, { axis, range, log = false, bands = true, segmen
       uid: s.key, name: plain(s.name), type: "scatter", x: s.layers, y: s.values, connectgaps: false,
       mode: s.faint ? "lines" : "lines+markers",
       line: { color: s.faint ? faded(colour, 0.55) : colour, width: s.faint ? 1.25 : 1.9, dash: s.faint ? "2px,2px" : s.look.dash },
-      marker: { symbol: s.look.symbol, size: s.sizes ?? 5, color: colour, line: { width: s.look.symbol?.endsWith("-open") ? 1.4 : 0, color: colour } },
+      marker: { symbol: s.look.symbol, size: s.sizes ?? 5.5, opacity: 1, color: colour, line: { width: s.look.symbol?.endsWith("-open") ? 1.4 : 0, color: colour } },
       customdata: s.values.map((v, i) => `${shown(v)} ${limits(s.low?.[i], s.high?.[i])}`.trim()),
       hovertemplate: `<b>${plain(s.name)}</b>  %{customdata}<extra></extra>`,
       ...(s.faint ? { hoverinfo: "skip", hovertemplate: null } : {}),

@@ -35,9 +35,11 @@ async function start() {
   }
   const [library, found] = await Promise.all([unpackText("plotly"), load("core"), load("curves-nuclear_norm")]);
   core = found;
+  performance.mark("jaxgrad-unpacked");
   // The policy knows this script by its digest.
   document.head.append(Object.assign(document.createElement("script"), { textContent: library }));
   if (typeof Plotly === "undefined") throw new Error("plotly.js did not run");
+  performance.mark("jaxgrad-plotly");
   if (!core.cells.length || !Object.keys(core.statistics).length) return sayWhy("This report has no run with curves.");
   await startCurves();
   performance.mark("jaxgrad-first-plot");
