@@ -46,14 +46,14 @@ def test_every_key_arrives(tmp_path):
         'precision = "high"\ndate = "2024-02-29"\nstart = 2\nlimit = 5\ninstruction_field = "a"\n'
         'input_field = "b"\noutput_field = "c"\n',
         1,
-    ).replace("#R\n", "level = 0.9\nnum_resamples = 300\nnum_permutations = 9\nseed = 4\n")
+    ).replace("#R\n", "level = 0.9\nnum_resamples = 300\nnum_permutations = 900\nseed = 4\n")
     config = read(tmp_path, text)
     expected = AnalyzeOptions(
         "clean", "no", 7, "mlp", "dense", True, True, True, 3, "float64", "high", "2024-02-29"
     )
     assert config.options == expected
     assert (config.start, config.limit, config.fields) == (2, 5, Fields("a", "b", "c"))
-    assert config.resampling == Resampling(0.9, 300, 9, 4)
+    assert config.resampling == Resampling(0.9, 300, 900, 4)
     assert read_study(config.path, limit=1).limit == 1
 
 
@@ -77,7 +77,7 @@ def test_every_key_arrives(tmp_path):
         ("[[models]]", "analyze = 1\n[[models]]", "'analyze' is not a table"),
         ("[[models]]", "[report]\nlevel = 95\n[[models]]", "coverage between 0 and 1"),
         ("[[models]]", "[report]\nnum_resamples = 9\n[[models]]", "give 100 or more"),
-        ("[[models]]", "[report]\nnum_permutations = 0\n[[models]]", "num_permutations is less"),
+        ("[[models]]", "[report]\nnum_permutations = 0\n[[models]]", "give 100 or more"),
         ("[[models]]", "[report]\nseed = -1\n[[models]]", "seed = -1 is too small"),
         ('[[models]]\nname = "tiny"', "", "there is no [[models]]"),
         ('[[models]]\nname = "tiny"', "models = []", "there is no [[models]]"),
