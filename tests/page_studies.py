@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from analysis_runs import identity
 
 from jaxgrad.analysis import ExampleSet, Resampling
 from jaxgrad.analysis.example_set import LeftOut
@@ -10,13 +11,12 @@ from jaxgrad.analysis.similarity import Similarity
 from jaxgrad.report.cells import Cell, Role
 from jaxgrad.report.comparisons import compare_all
 
-from analysis_runs import identity
-
 QUICK = Resampling(num_resamples=100, num_permutations=100)
-WORDS = (
+TEXT = (
     "A shop sells pens in packs of twelve. How many packs are needed for a class of thirty pupils who "
     "need two pens each, if one pack was lost on the way? Then say what is left over."
-).split()
+)
+WORDS = TEXT.split()
 
 
 def role(model="Tiny-1B-Instruct", data="AQuA", setting="none", response="correct"):

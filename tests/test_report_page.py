@@ -14,8 +14,7 @@ from page_studies import cell, large_study, role, small_study
 
 from jaxgrad.report.comparisons import compare_all
 from jaxgrad.report.page import LIMIT, PageFinding, write_page
-from jaxgrad.report.page_data import curve, fitting, interval_curve, pack
-from jaxgrad.report.page_data import Block
+from jaxgrad.report.page_data import Block, curve, fitting, interval_curve, pack
 from jaxgrad.report.page_examples import evenly
 from jaxgrad.report.tables import Column, Number, Table
 
@@ -100,11 +99,12 @@ def test_the_policy_allows_nothing_but_the_two_scripts(small_page):
 
 
 def test_a_page_says_what_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgrad.report.page.LIMIT", 2_260_000)
+    limit = 2_100_000
+    monkeypatch.setattr("jaxgrad.report.page.LIMIT", limit)
     monkeypatch.setattr("jaxgrad.report.page.TABLES_LIMIT", 300)
     size = write_page(small_study(examples=40), [TABLE], [], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text("utf-8")
-    assert size.num_bytes == len(html.encode()) < 2_260_000
+    assert size.num_bytes == len(html.encode()) < limit
     assert "the table “MAD of the nuclear norm”" in html
     assert len(size.left_out) > 1
     assert all(what in html for what in size.left_out)
@@ -212,11 +212,15 @@ def test_it_opens_without_a_complaint_and_draws(page):
 
 
 def test_no_request_leaves_the_page(page):
-    entries = page.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
+    entries = page.execute_script(
+        "return performance.getEntriesByType('resource').map((e) => e.name)"
+    )
     assert all(name.startswith(("data:", "blob:")) for name in entries)
     sent = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     addresses = [
-        item["params"]["request"]["url"] for item in sent if item["method"] == "Network.requestWillBeSent"
+        item["params"]["request"]["url"]
+        for item in sent
+        if item["method"] == "Network.requestWillBeSent"
     ]
     assert all(url.startswith(("file:", "data:", "blob:")) for url in addresses)
     # And could not: the policy stops a script that tries.
@@ -228,7 +232,7 @@ def test_no_request_leaves_the_page(page):
 
 
 def test_a_projection_is_switched_off_and_on(page):
-    everything = ["q band", "k band", "v band", "o band", "q", "k", "v", "o"]
+    everything = ["q-band", "k-band", "v-band", "o-band", "q", "k", "v", "o"]
     assert names_of_traces(page) == everything
     settle(page, "document.getElementById('projection-v').click()")
     assert names_of_traces(page) == [name for name in everything if name[0] != "v"]
@@ -245,7 +249,7 @@ def test_a_setting_and_a_response_are_switched_off(page):
     assert page.execute_script(titles) == ["none", "detailed"]
     settle(page, "document.getElementById('layout-projection').click()")
     assert page.execute_script(titles) == ["Q", "K", "V", "O"]
-    assert names_of_traces(page) == ["cell 0 band", "cell 2 band", "cell 0", "cell 2"]
+    assert names_of_traces(page) == ["cell-0-band", "cell-2-band", "cell-0", "cell-2"]
 
 
 def choose(driver, name, value):
@@ -304,9 +308,7 @@ def test_relative_differences_and_similarities(page, study):
 
 
 def test_a_table_is_sorted_by_numbers_and_by_text(page):
-    column = (
-        "return [...document.querySelectorAll('#table-0 tbody tr')].map((r) => r.cells[0].textContent)"
-    )
+    column = "return [...document.querySelectorAll('#table-0 tbody tr')].map((r) => r.cells[0].textContent)"
     head = "document.querySelectorAll('#table-0 thead tr:last-child th')[{}]"
 
     def click(place):
@@ -351,7 +353,9 @@ def test_an_example_is_shown_with_its_response_marked(page, study):
         "f.dispatchEvent(new Event('input'))".replace("arguments[0]", json.dumps(word)),
     )
     found = {int(index) for index in page.execute_script(rows)}
-    texts = [f"{a}\n{b}".lower() for a, b in zip(examples.instructions, examples.responses, strict=True)]
+    texts = [
+        f"{a}\n{b}".lower() for a, b in zip(examples.instructions, examples.responses, strict=True)
+    ]
     assert found == {e for e, text in enumerate(texts) if word.lower() in text}
     assert "1 left out" in page.execute_script(
         "return document.getElementById('example-left-out').textContent"
@@ -382,17 +386,25 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, folder):
     settle(browser, "Plotly.Fx.hover(document.querySelector('#panels .plot'), {xval: 2}, 'xy')")
     settle(browser, "document.getElementById('tab-rd').click()")
     assert browser.execute_script("return document.images.length") == 0
-    assert browser.execute_script("return document.querySelectorAll('b b, bdi b, pre b').length") == 0
+    assert (
+        browser.execute_script("return document.querySelectorAll('b b, bdi b, pre b').length") == 0
+    )
     assert not browser.execute_script("return window.ran ?? false")
     assert errors(browser) == []
     # U+FFFD stands for what HTML or UTF-8 cannot hold; the script's own texts are kept as they are.
     mended = HOSTILE.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
     for selector in ("h1", "title", ".about", "#findings h3", "#table-0 td", "#table-0 .name"):
-        shown = browser.execute_script("return document.querySelector(arguments[0]).textContent", selector)
+        shown = browser.execute_script(
+            "return document.querySelector(arguments[0]).textContent", selector
+        )
         assert shown == mended, selector
-    marked = browser.execute_script("return document.querySelector('#example mark').textContent")
+    marked = browser.execute_script(
+        "return document.querySelector('#example mark').textContent.toWellFormed()"
+    )
     assert marked.startswith("R </script><img src=x onerror=alert(1)>{{7*7}}\u202eabc")
-    assert "{{7*7}}" in browser.find_element("id", "example-list").get_attribute("textContent")
+    assert "{{7*7}}" in browser.execute_script(
+        "return document.getElementById('example-list').textContent.toWellFormed()"
+    )
 
 
 def test_without_a_decompressor_the_page_says_so_and_keeps_its_tables(browser, small_page):
@@ -403,7 +415,9 @@ def test_without_a_decompressor_the_page_says_so_and_keeps_its_tables(browser, s
         browser.get(small_page.as_uri())
         shown = browser.find_element("id", "no-curves")
         assert shown.is_displayed() and "DecompressionStream" in shown.text
-        browser.find_element("css selector", "#table-0 thead th button").click()
+        browser.execute_script(
+            "document.querySelector('#table-0 thead tr:last-child button').click()"
+        )
         assert "detailed" in browser.find_element("css selector", "#table-0 tbody").text
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
