@@ -146,7 +146,7 @@ async function similarityPanels() {
   const cells = cellsOf(state.model, state.data).filter((cell) => core.blocks.includes(`similarity-${cell.place}`));
   if (!cells.some((cell) => cell.place === state.run)) state.run = cells[0]?.place ?? null;
   buildControls();
-  define("Similarity of layers.", "Cosine between the flattened gradients of two layers, averaged over examples; 1 where they point the same way. The diagonal is 1 by definition; colours span the other cosines.");
+  define("Similarity of layers.", "Cosine between the flattened gradients of two layers, averaged over examples; 1 where they point the same way. The diagonal is 1 by definition; colours span 99 % of the others.");
   if (state.run == null) return [];
   const found = await load(`similarity-${state.run}`);
   const n = found.layers.length;
