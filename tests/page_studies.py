@@ -10,6 +10,8 @@ from jaxgrad.analysis.example_set import LeftOut
 from jaxgrad.analysis.similarity import Similarity
 from jaxgrad.report.cells import Cell, Role
 from jaxgrad.report.comparisons import compare_all
+from jaxgrad.report.page import PageFinding
+from jaxgrad.report.tables import Column, Number, Table
 
 QUICK = Resampling(num_resamples=100, num_permutations=100)
 TEXT = (
@@ -17,6 +19,19 @@ TEXT = (
     "need two pens each, if one pack was lost on the way? Then say what is left over."
 )
 WORDS = TEXT.split()
+TABLE = Table(
+    "mad", "MAD of the nuclear norm", "A caption.",
+    (Column("setting"), Column("q", "MAD"), Column("k", "MAD")),
+    (
+        ("none", Number(10.0, 9.0, 11.0), Number(float("nan"))),
+        ("simplified", Number(9.5), Number(3.0)),
+        ("detailed", Number(-2e-5), Number(20.0)),
+    ),
+)  # fmt: skip
+FINDINGS = [
+    PageFinding("Norms fall", ["V: 0.21 [0.18, 0.25]."], "stands", "Smaller with reasoning."),
+    PageFinding("Length explains it", ["It turns round."], "falls"),
+]
 
 
 def role(model="Tiny-1B-Instruct", data="AQuA", setting="none", response="correct"):

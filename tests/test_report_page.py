@@ -1,7 +1,5 @@
 """The report's page in a browser: what it draws, what it sorts and shows, and that it asks nobody."""
 
-import base64
-import gzip
 import json
 import os
 import re
@@ -10,13 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from page_studies import cell, large_study, role, small_study
+from page_studies import FINDINGS, QUICK, TABLE, cell, large_study, role, small_study
 
 from jaxgrad.report.comparisons import compare_all
 from jaxgrad.report.page import LIMIT, PageFinding, write_page
-from jaxgrad.report.page_data import Block, curve, fitting, interval_curve, pack
-from jaxgrad.report.page_examples import evenly
-from jaxgrad.report.tables import Column, Number, Table
+from jaxgrad.report.tables import Column, Table
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 FLAGS = (
@@ -24,97 +20,6 @@ FLAGS = (
     "--disable-component-update --disable-sync --window-size=1400,1000"
 )
 HOSTILE = "</script><img src=x onerror=alert(1)>{{7*7}}\u202eabc\u202c\x00<b>bold</b>\ud800&lt;"
-TABLE = Table(
-    "mad", "MAD of the nuclear norm", "A caption.",
-    (Column("setting"), Column("q", "MAD"), Column("k", "MAD")),
-    (
-        ("none", Number(10.0, 9.0, 11.0), Number(float("nan"))),
-        ("simplified", Number(9.5), Number(3.0)),
-        ("detailed", Number(-2e-5), Number(20.0)),
-    ),
-)  # fmt: skip
-FINDINGS = [
-    PageFinding("Norms fall", ["V: 0.21 [0.18, 0.25]."], "stands", "Smaller with reasoning."),
-    PageFinding("Length explains it", ["It turns round."], "falls"),
-]
-
-
-# Without a browser.
-
-
-def test_a_packed_curve_keeps_four_digits_of_its_smallest_value():
-    values = np.array([0.0123456, -123.456, 0.0, np.nan])
-    exponent, integers = curve(values)
-    # 0.0123456 has its fourth digit at 1e-5.
-    assert (exponent, integers) == (-5, [1235, -12345600, 0, None])
-
-
-def test_limits_are_distances_in_the_curves_unit():
-    packed = interval_curve(np.array([2.0, 4.0]), np.array([1.5, np.nan]), np.array([2.25, np.nan]))
-    assert packed == [-3, [2000, 4000], [500, None], [250, None]]
-    nothing = np.full(2, np.nan)
-    assert interval_curve(np.array([2.0, 4.0]), nothing, nothing) == [-3, [2000, 4000]]
-
-
-def test_blocks_that_do_not_fit_are_named():
-    small, large = Block("a", "x" * 10, "a"), Block("b", "x" * 1000, "b")
-    assert fitting([large, small], 200) == ([small], [large])
-
-
-def test_a_choice_of_examples_has_both_extremes():
-    examples = cell(role(), examples=30).examples
-    norm_E = examples.column_ELP["nuclear_norm"].mean(axis=(1, 2))
-    chosen = evenly(examples, 5)
-    assert len(set(chosen)) == 5
-    assert {int(norm_E.argmin()), int(norm_E.argmax())} <= set(chosen)
-    assert evenly(examples, 30) == list(range(30))
-
-
-def test_the_same_content_gives_the_same_text():
-    assert pack("σ") == pack("σ")
-    assert gzip.decompress(base64.b64decode(pack("σ"))).decode() == "σ"
-
-
-def test_the_tables_and_findings_stand_in_the_html(small_page):
-    html = small_page.read_text("utf-8")
-    body = html[: html.index('<script type="application/gzip"')]
-    for text in ("Norms fall", "V: 0.21", "MAD of the nuclear norm", "9.00, 11.0", "✗ falls"):
-        assert text in body
-    assert "GSM8K, detailed" in body and "there is no such file" in body
-    assert "skipped: prompt fills max_length" in body
-    assert "commit 0123456789ab" in body and "protocol paper" in body
-    assert "/secret" not in html
-
-
-def test_the_policy_allows_nothing_but_the_two_scripts(small_page):
-    html = small_page.read_text("utf-8")
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1].replace("&#39;", "'")
-    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules["default-src"] == "'none'"
-    assert re.fullmatch(r"'sha256-\S{44}' 'sha256-\S{44}'", rules["script-src"])
-    assert "http" not in policy
-    # Nothing that would be fetched: every address is a fragment or data.
-    addresses = re.findall(r'(?:src|href)="([^"]*)"', html[: html.index("<script>")])
-    assert all(address.startswith(("#", "data:")) for address in addresses)
-
-
-def test_a_page_says_what_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgrad.report.page.LIMIT", 2_260_000)
-    monkeypatch.setattr("jaxgrad.report.page.TABLES_LIMIT", 300)
-    size = write_page(small_study(examples=40), [TABLE], [], tmp_path / "page.html")
-    html = (tmp_path / "page.html").read_text("utf-8")
-    assert size.num_bytes == len(html.encode()) < 2_260_000
-    assert "the table “MAD of the nuclear norm”" in html
-    assert len(size.left_out) > 1
-    assert all(what in html for what in size.left_out)
-    assert size.all_examples == 240 and size.examples < 240
-    if size.examples:
-        assert f"{size.examples} of 240 examples are embedded" in html
-    else:
-        assert "The examples do not fit" in html
-
-
-# In Chromium.
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +136,7 @@ def test_no_request_leaves_the_page(page):
 
 
 def test_a_projection_is_switched_off_and_on(page):
-    everything = ["q band", "k band", "v band", "o band", "q", "k", "v", "o"]
+    everything = ["q-band", "k-band", "v-band", "o-band", "q", "k", "v", "o"]
     assert names_of_traces(page) == everything
     settle(page, "document.getElementById('projection-v').click()")
     assert names_of_traces(page) == [name for name in everything if name[0] != "v"]
@@ -248,7 +153,7 @@ def test_a_setting_and_a_response_are_switched_off(page):
     assert page.execute_script(titles) == ["none", "detailed"]
     settle(page, "document.getElementById('layout-projection').click()")
     assert page.execute_script(titles) == ["Q", "K", "V", "O"]
-    assert names_of_traces(page) == ["cell 0 band", "cell 2 band", "cell 0", "cell 2"]
+    assert names_of_traces(page) == ["cell-0-band", "cell-2-band", "cell-0", "cell-2"]
 
 
 def choose(driver, name, value):
@@ -373,7 +278,7 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, folder):
     ]  # fmt: skip
     study = compare_all(
         cells, title=HOSTILE, about=HOSTILE, unavailable={HOSTILE: HOSTILE},
-        resampling=small_study(examples=3).resampling,
+        resampling=QUICK,
     )  # fmt: skip
     tables = [Table("t", HOSTILE, HOSTILE, (Column(HOSTILE, HOSTILE),), ((HOSTILE,),))]
     findings = [PageFinding(HOSTILE, [HOSTILE], "info", HOSTILE)]
@@ -397,9 +302,35 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, folder):
             "return document.querySelector(arguments[0]).textContent", selector
         )
         assert shown == mended, selector
-    marked = browser.execute_script("return document.querySelector('#example mark').textContent")
+    marked = browser.execute_script(
+        "return document.querySelector('#example mark').textContent.toWellFormed()"
+    )
     assert marked.startswith("R </script><img src=x onerror=alert(1)>{{7*7}}\u202eabc")
-    assert "{{7*7}}" in browser.find_element("id", "example-list").get_attribute("textContent")
+    assert "{{7*7}}" in browser.execute_script(
+        "return document.getElementById('example-list').textContent.toWellFormed()"
+    )
+
+
+def test_one_example_one_layer_no_texts_no_similarity(browser, folder):
+    study = compare_all(
+        [
+            cell(
+                role(data="", setting=setting), examples=count, layers=layers, similarity=False,
+                instructions=[None] * count, responses=[None] * count,
+            )
+            for setting, count, layers in (("one", 1, 2), ("two", 3, 1))
+        ],
+        title="Little", resampling=QUICK,
+    )  # fmt: skip
+    size = write_page(study, [], [], folder / "little.html")
+    assert size.examples == size.all_examples == 4
+    open_page(browser, folder / "little.html")
+    for tab in ("rd", "similarity", "curves"):
+        settle(browser, f"document.getElementById('tab-{tab}').click()")
+    # One example has a curve and no band.
+    assert names_of_traces(browser) == ["q", "k", "v", "o"]
+    assert "no texts" in browser.find_element("css selector", "#example pre").text
+    assert errors(browser) == []
 
 
 def test_without_a_decompressor_the_page_says_so_and_keeps_its_tables(browser, small_page):
@@ -410,7 +341,9 @@ def test_without_a_decompressor_the_page_says_so_and_keeps_its_tables(browser, s
         browser.get(small_page.as_uri())
         shown = browser.find_element("id", "no-curves")
         assert shown.is_displayed() and "DecompressionStream" in shown.text
-        browser.find_element("css selector", "#table-0 thead th button").click()
+        browser.execute_script(
+            "document.querySelector('#table-0 thead tr:last-child button').click()"
+        )
         assert "detailed" in browser.find_element("css selector", "#table-0 tbody").text
     finally:
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)

@@ -19,7 +19,8 @@ _MEANS = ("effective_rank_fraction",)
 _LONGEST_TEXT = 6000
 # Where fewer would fit, an example browser says nothing: two extremes and one between.
 _FEWEST = 3
-_ATTEMPTS = 12
+_FIRST_GUESS = 8
+_ATTEMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,24 @@ def example_blocks(study: Study, room: int) -> EmbeddedExamples:
     sets = [cell.examples for cell in study.cells]
     total = sum(examples.num_examples for examples in sets)
     most = max((examples.num_examples for examples in sets), default=0)
-    curves = [_curves(examples) for examples in sets]
-    count = most
+    readers = [_Reader(examples) for examples in sets]
+    found = EmbeddedExamples([], 0, total)
+    # Between a number that fits and one that does not; bytes grow about as the number does.
+    fits, fails, count = 0, most + 1, min(most, _FIRST_GUESS)
     for _ in range(_ATTEMPTS):
-        if count < min(_FEWEST, most):
+        if fails - fits <= 1 or fails <= min(_FEWEST, most):
             break
         chosen = [evenly(examples, count) for examples in sets]
-        blocks = _blocks(study, chosen, curves)
+        blocks = _blocks(study, chosen, readers)
         size = sum(item.num_bytes for item in blocks)
-        if size <= room:
-            return EmbeddedExamples(blocks, sum(len(places) for places in chosen), total)
-        count = min(count - 1, int(count * room / size))
-    return EmbeddedExamples([], 0, total)
+        if size > room:
+            fails = count
+        else:
+            fits = count
+            if count >= min(_FEWEST, most):
+                found = EmbeddedExamples(blocks, sum(map(len, chosen)), total)
+        count = min(max(int(count * room / size), fits + 1), fails - 1)
+    return found
 
 
 def evenly(examples: ExampleSet, count: int) -> list[int]:
@@ -68,27 +75,36 @@ def evenly(examples: ExampleSet, count: int) -> list[int]:
     return sorted(order[steps].tolist())
 
 
-def _curves(examples: ExampleSet) -> list[dict[str, Any]]:
-    """The numbers of every example, without its texts."""
-    found = {name: _values(examples, name) for name in (*_CURVES, *_MEANS)}
-    items = []
-    for e in range(examples.num_examples):
+class _Reader:
+    """The numbers of a set's examples, each made when it is first asked for."""
+
+    def __init__(self, examples: ExampleSet) -> None:
+        self._examples = examples
+        self._found = {name: _values(examples, name) for name in (*_CURVES, *_MEANS)}
+        self._items: dict[int, dict[str, Any]] = {}
+
+    def item(self, e: int) -> dict[str, Any]:
+        """Example `e` without its texts."""
+        if e not in self._items:
+            self._items[e] = self._read(e)
+        return self._items[e]
+
+    def _read(self, e: int) -> dict[str, Any]:
+        examples = self._examples
         item: dict[str, Any] = {
             "index": int(examples.index_E[e]),
             "loss": rounded(float(examples.loss_E[e])),
             "tokens": rounded(float(examples.response_tokens_E[e]), 9),
             "truncated": None if examples.truncated_E is None else bool(examples.truncated_E[e]),
         }
-        for name in _CURVES:
-            value_ELP = found[name]
-            if value_ELP is not None and np.isfinite(value_ELP[e]).all():
+        for name, value_ELP in self._found.items():
+            if value_ELP is None or not np.isfinite(value_ELP[e]).all():
+                continue
+            if name in _CURVES:
                 item[name] = [curve(value_ELP[e, :, p]) for p in range(value_ELP.shape[2])]
-        for name in _MEANS:
-            value_ELP = found[name]
-            if value_ELP is not None and np.isfinite(value_ELP[e]).all():
+            else:
                 item[name] = [rounded(float(value)) for value in value_ELP[e].mean(axis=0)]
-        items.append(item)
-    return items
+        return item
 
 
 def _values(examples: ExampleSet, name: str) -> np.ndarray | None:
@@ -104,9 +120,7 @@ def _values(examples: ExampleSet, name: str) -> np.ndarray | None:
     return full
 
 
-def _blocks(
-    study: Study, chosen: Sequence[list[int]], curves: Sequence[list[dict[str, Any]]]
-) -> list[Block]:
+def _blocks(study: Study, chosen: Sequence[list[int]], readers: Sequence[_Reader]) -> list[Block]:
     texts: dict[str, dict[str, int]] = {name: {} for name in study.data_sets()}
     blocks = []
     for place, (cell, places) in enumerate(zip(study.cells, chosen, strict=True)):
@@ -114,7 +128,7 @@ def _blocks(
         examples = cell.examples
         content = []
         for e in places:
-            item = curves[place][e] | {"id": _shortened(examples.example_ids[e], 200)}
+            item = readers[place].item(e) | {"id": _shortened(examples.example_ids[e], 200)}
             for name, text in (
                 ("instruction", examples.instructions[e]),
                 ("response", examples.responses[e]),

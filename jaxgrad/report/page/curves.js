@@ -111,7 +111,7 @@ async function curvePanels() {
     });
   }
   return projectionsShown(Object.keys(core.projections)).map((name) => {
-    const series = lines.filter((line) => line.name === name).map((line) => ({ ...line, key: `cell ${line.cell.place}`, name: cellTitle(line.cell), look: settingLook(line.cell) }));
+    const series = lines.filter((line) => line.name === name).map((line) => ({ ...line, key: `cell-${line.cell.place}`, name: cellTitle(line.cell), look: settingLook(line.cell) }));
     return { key: `projection ${name}`, title: core.projections[name].title, sub: "all settings shown", below: [keys(series)], draw: (div) => drawLines(div, series, { ...options, segments: series[0]?.cell.segments }) };
   });
 }
@@ -146,7 +146,7 @@ async function similarityPanels() {
   const cells = cellsOf(state.model, state.data).filter((cell) => core.blocks.includes(`similarity-${cell.place}`));
   if (!cells.some((cell) => cell.place === state.run)) state.run = cells[0]?.place ?? null;
   buildControls();
-  define("Similarity of layers.", "Cosine between the flattened gradients of two layers, averaged over examples; 1 where they point the same way.");
+  define("Similarity of layers.", "Cosine between the flattened gradients of two layers, averaged over examples; 1 where they point the same way. The diagonal is 1 by definition; colours span 99 % of the others.");
   if (state.run == null) return [];
   const found = await load(`similarity-${state.run}`);
   const n = found.layers.length;
@@ -161,7 +161,8 @@ async function similarityPanels() {
     return { name, rows };
   }).filter(({ rows }) => rows.some((row, i) => row.some((v, j) => i !== j && v != null)));
   const off = all.flatMap(({ rows }) => rows.flatMap((row, i) => finite(row.filter((_, j) => j !== i)))).map(Math.abs);
-  const most = Math.max(0.05, off.reduce((a, b) => Math.max(a, b), 0));
+  // Nearly all of them: a single pair of layers must not pale the rest.
+  const most = Math.max(0.05, off.sort((a, b) => a - b)[Math.floor(off.length * 0.99)] ?? 0);
   return all.map(({ name, rows }) => ({ key: `similarity ${name}`, title: core.projections[name]?.title ?? name, sub: `${found.used} examples`, draw: (div) => drawMatrix(div, found.layers, rows, most) }));
 }
 

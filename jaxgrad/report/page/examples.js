@@ -128,7 +128,7 @@ async function showExample(item) {
     const series = [];
     names.forEach((projection, p) => {
       const look = core.projections[projection];
-      if (means) series.push({ key: `${projection} mean`, name: look.title, look, layers: cell.layers, faint: true, ...unpackCurve(means.curves[p]) });
+      if (means) series.push({ key: `${projection}-mean`, name: look.title, look, layers: cell.layers, faint: true, ...unpackCurve(means.curves[p]) });
     });
     names.forEach((projection, p) => {
       const look = core.projections[projection];

@@ -57,7 +57,7 @@ function drawLines(div, series, { axis, range, log = false, bands = true, segmen
   if (bands) {
     for (const s of series) {
       const outline = band(s.layers, s.low, s.high, floor);
-      if (outline.x.length) traces.push({ ...outline, uid: `${s.key} band`, type: "scatter", mode: "lines", fill: "toself", fillcolor: faded(onPage(s.look.colour, look.dark), 0.16), line: { width: 0 }, hoverinfo: "skip" });
+      if (outline.x.length) traces.push({ ...outline, uid: `${s.key}-band`, type: "scatter", mode: "lines", fill: "toself", fillcolor: faded(onPage(s.look.colour, look.dark), 0.16), line: { width: 0 }, hoverinfo: "skip" });
     }
   }
   for (const s of series) {
