@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -26,7 +27,7 @@ PNG_DPI = 150
 MAX_COLUMNS = 4
 # Inches.
 _HEAD = 0.4
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.titlesize": 7.5,
@@ -148,12 +149,10 @@ def blank(width: float, height: float, title: str) -> Figure:
         title: At its upper left.
     """
     width = max(3.4, width)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.set(w_pad=0.04, h_pad=0.03, wspace=0.02, hspace=0.03)
-        # Above the panels: one line of title, one of legend.
-        engine.set(rect=(0.012, 0.005, 0.98, 0.995 - _HEAD / height))
+    # Above the panels: one line of title, one of legend.
+    panels = (0.012, 0.005, 0.98, 0.995 - _HEAD / height)
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.03, wspace=0.02, hspace=0.03, rect=panels)
+    figure = Figure(figsize=(width, height), layout=layout)
     title = shortened(title, int(width * 12))
     figure.text(0.012, 1 - 0.05 / height, title, va="top", weight="bold", size=8.5)
     return figure

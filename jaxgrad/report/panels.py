@@ -1,7 +1,7 @@
 """What the figures show: each function makes one, of descriptions and contrasts that are there."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def curves_figure(
     shared = limits or _range([p.curve_LP for p in shown if p.curve_LP is not None], zero_line)
     for i, j in np.ndindex(axes.shape):
         panel = places[i][j]
-        ax: Axes = axes[i, j]
+        ax = cast(Axes, axes[i, j])
         if panel is None:
             ax.set_visible(False)
             continue
@@ -182,7 +182,7 @@ def settings_figure(rows: Sequence[Sequence[Points | None]], *, title: str, y_la
     low, high = _log_range([group[1] for panel in panels for group in panel.groups])
     for i, j in np.ndindex(axes.shape):
         panel = places[i][j]
-        ax: Axes = axes[i, j]
+        ax = cast(Axes, axes[i, j])
         if panel is None:
             ax.set_visible(False)
             continue
@@ -222,7 +222,7 @@ def ratios_figure(rows: Sequence[Sequence[Points | None]], *, title: str, x_labe
     low, high = min(low, 0.8), max(high, 1.25)
     for i, j in np.ndindex(axes.shape):
         panel = places[i][j]
-        ax: Axes = axes[i, j]
+        ax = cast(Axes, axes[i, j])
         if panel is None:
             ax.set_visible(False)
             continue
@@ -311,7 +311,7 @@ def _draw_maps(
         image, ax=drawn, extend="neither" if bound == 1 else "both", fraction=0.05, pad=0.01,
         aspect=16, shrink=0.85, label="mean cosine", ticks=[-bound, 0, bound],
     )  # fmt: skip
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.set_yticklabels([f"{tick:g}" for tick in (-bound, 0, bound)])
 
 
@@ -339,8 +339,8 @@ def _draw_cosines(figure: Figure, spec: SubplotSpec, similarity: Similarity) -> 
             for line in ax.get_lines():
                 names = {PROJECTION_STYLE[b].title: f"{PROJECTION_STYLE[a].title} with "
                          f"{PROJECTION_STYLE[b].title}" for a, b in PARTNERS}  # fmt: skip
-                if line.get_label() in names:
-                    line.set_label(names[line.get_label()])
+                if str(line.get_label()) in names:
+                    line.set_label(names[str(line.get_label())])
             ax.legend(loc="best", handlelength=2.4, borderaxespad=0.1)
 
 
