@@ -179,6 +179,9 @@ def test_what_else_is_refused_or_allowed():
     with pytest.raises(UserError, match="model weights a1 and b2"):
         check_comparable(ours, other_model)
     assert check_comparable(ours, other_model, same_model=False) is None
+    # A base model is asked in plain text, its tuned version through the template.
+    templated = random_set(1, label="instruct", weights="b2", options={"chat": "auto"})
+    assert check_comparable(ours, templated, same_model=False) is None
     with pytest.raises(UserError, match="model config "):
         check_comparable(ours, random_set(1, num_layers=9))
     same = random_set(1, options={"date": "2020-01-01", "batch_tokens": 9, "method": "dense"})

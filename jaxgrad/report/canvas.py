@@ -153,9 +153,9 @@ def blank(width: float, height: float, title: str) -> Figure:
     if engine is not None:
         engine.set(w_pad=0.04, h_pad=0.03, wspace=0.02, hspace=0.03)
         # Above the panels: one line of title, one of legend.
-        engine.set(rect=(0, 0, 1, 1 - _HEAD / height))
-    title = shortened(title, int(width * 14))
-    figure.text(0.012, 1 - 0.05 / height, title, va="top", weight="bold", size="large")
+        engine.set(rect=(0.012, 0.005, 0.98, 0.995 - _HEAD / height))
+    title = shortened(title, int(width * 12))
+    figure.text(0.012, 1 - 0.05 / height, title, va="top", weight="bold", size=8.5)
     return figure
 
 

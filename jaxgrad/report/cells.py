@@ -117,7 +117,7 @@ def read_run(path: str | Path) -> Results:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a run's directory or the authors' JSONL.")
-    return read_results(path) if path.is_dir() else read_authors_jsonl(path)
+    return read_results(path) if path.is_dir() else read_authors_jsonl(path, with_spectrum=False)
 
 
 def read_labelled(runs: Sequence[tuple[str, str]]) -> list[Cell]:

@@ -38,7 +38,7 @@ YLimits = Literal["shared", "free"] | tuple[float, float]
 
 CURVE_STATISTICS = (NORM, "sigma_ratio", "effective_rank")
 # Reach of the colours of cosines: the smallest that holds 99 % of those beside the diagonals.
-_BOUNDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+_BOUNDS = (0.1, 0.2, 0.5, 1.0)
 _LONGEST_STEM = 60
 
 
@@ -231,7 +231,7 @@ def _rd_plan(
     kind, model, data, other = names
     whose = ", ".join(part for part in (model, data) if part)
     of = "correct to irrelevant" if kind == "response" else f"{model} to {other}"
-    title = f"Relative difference, {of}: {whose if kind == 'response' else data}".rstrip(": ")
+    title = f"RD: {whose}" if kind == "response" else f"RD, {of}: {data}".rstrip(": ")
     caption = (
         f"Relative difference of the mean nuclear norm by layer, {of}: (second - first) / first; "
         "above the line the second is larger. n: examples of the two. "
@@ -269,7 +269,7 @@ def _mad(study: Study, model: str) -> Iterator[Plan]:
             rows.append(row)
     if not shown:
         return
-    title = f"MAD of the nuclear norm: {model}"
+    title = f"MAD: {model}"
     caption = (
         "Mean absolute difference of the nuclear norm's mean curve from layer to layer, on a "
         "logarithmic axis. "
@@ -312,7 +312,7 @@ def _length(study: Study, model: str) -> Iterator[Plan]:
     caption = (
         "Nuclear norm of the last setting over that of the first, as ratios of means over layers "
         "and examples; 1 is no difference. Mean loss: as measured. Summed loss: norms times the "
-        "number of response tokens. Length-matched: pairs of about the same number of response "
+        "number of response tokens. Matched: pairs of about the same number of response "
         "tokens alone. Regression: ratio of geometric means, with a term in log response tokens; "
         "hollow where the two sets have no length in common. "
         + _intervals(study, "Whiskers", *shown)
@@ -332,7 +332,7 @@ def _ratios(one: Comparison) -> list[tuple[str, Interval | None, bool]]:
     return [
         ("mean loss", one.contrasts[NORM].ratio_P, False),
         ("summed loss", None if by_sum is None else by_sum.ratio_P, False),
-        ("length-matched", None if one.matched is None else one.matched.ratio_P, False),
+        ("matched", None if one.matched is None else one.matched.ratio_P, False),
         ("regression", adjusted, one.regression is not None and one.regression.overlap == 0),
     ]
 
@@ -361,7 +361,8 @@ def _similarities(study: Study) -> Iterator[Plan]:
         caption = (
             "Cosines between the gradients of two layers, mean over examples "
             f"(n = {similarity.num_examples}). Colours from {-bound:g} to {bound:g} in every figure "
-            "of this study; the diagonal is 1. Partners: of Q and O, and of K and V in one layer. "
+            "of this study, what is beyond as their ends; the diagonal is 1. Partners: Q and O, "
+            "K and V, in one layer. "
             + _intervals(study, "Bands", similarity.adjacent_LP, similarity.partner_L2)
         )
         yield Plan(

@@ -15,6 +15,8 @@ from jaxgrad.report.style import STATISTIC_NAMES
 from jaxgrad.report.tables import Form, written
 from jaxgrad.report.verdicts import Verdict, Verdicts, direction, verdict_of
 
+# A p below which two responses count as told apart in a sentence; the tables have every p.
+_SMALL_P = 0.05
 Outcome = Literal["stands", "falls", "unclear", "info"]
 
 
@@ -38,7 +40,18 @@ class Finding:
 
 def findings(study: Study) -> list[Finding]:
     """The findings of a study, settings first, then responses, models and what limits all of it."""
-    found = [_setting(c) for c in _ends(study) if NORM in c.contrasts]
+    several = len(study.models()) > 1
+
+    def where(model: str, data: str) -> str:
+        """Before a heading: the model where there are several, and the data set."""
+        named = ", ".join(part for part in (model if several else "", data) if part)
+        return f"{named}: " if named else ""
+
+    found = [
+        _setting(where(c.first.role.model, c.first.role.data), c)
+        for c in _ends(study)
+        if NORM in c.contrasts
+    ]
     for model in study.models():
         for data in study.data_sets():
             by_setting = [
@@ -49,7 +62,7 @@ def findings(study: Study) -> list[Finding]:
                 and NORM in c.contrasts
             ]
             if by_setting:
-                found.append(_responses(model, data, by_setting))
+                found.append(_responses(where(model, data), by_setting))
     found += [_model(c) for c in study.comparisons if c.kind == "model" and NORM in c.contrasts]
     found.append(_limits(study))
     return found
@@ -72,7 +85,7 @@ def _ends(study: Study) -> list[Comparison]:
     ]
 
 
-def _setting(c: Comparison) -> Finding:
+def _setting(where: str, c: Comparison) -> Finding:
     norm = c.contrasts[NORM]
     projections = norm.first.examples.projections
     one, two = c.first.role.setting, c.second.role.setting
@@ -124,15 +137,15 @@ def _setting(c: Comparison) -> Finding:
             )
         )
     of_length = [verdict for v in verdicts for verdict in v.of_length]
-    sides = [v.direction for v in verdicts]
+    directions = [v.direction for v in verdicts]
     lead = (
-        f"{two} has {_size(sides)} gradients than {one} ({_range(norm.ratio_P.estimate)} times the "
-        f"nuclear norm). {_under_length(verdicts)}"
-        if any(sides)
+        f"Gradients are {_size(directions)} in {two} than in {one} "
+        f"({_range(norm.ratio_P.estimate)} times the nuclear norm). {_under_length(verdicts)}"
+        if any(directions)
         else f"The nuclear norms of {one} and {two} are not told apart "
         f"({_range(norm.ratio_P.estimate)} times)."
     )
-    return Finding(f"{_where(c)}: {one} against {two}", lead, tuple(sentences), _outcome(of_length))
+    return Finding(f"{where}{one} against {two}", lead, tuple(sentences), _outcome(of_length))
 
 
 def _size(sides: Sequence[int]) -> str:
@@ -165,51 +178,63 @@ def _under_length(verdicts: Sequence[Verdicts]) -> str:
     return f"Controlled for length, {'; '.join(parts)}."
 
 
-def _responses(model: str, data: str, comparisons: Sequence[Comparison]) -> Finding:
-    sentences, verdicts = [], []
+def _responses(where: str, comparisons: Sequence[Comparison]) -> Finding:
+    sentences: list[str] = []
+    verdicts: list[Verdict] = []
+    told_apart: list[str] = []
+    sizes: list[str] = []
+    leaks = 0
     for c in comparisons:
-        contrast, leakage = c.contrasts[NORM], c.leakage
-        projections = contrast.first.examples.projections
-        rd = contrast.mean_absolute_rd_P
-        told = int((contrast.sign_flip.p_P < 0.05).sum())
-        sentence = (
-            f"{c.first.role.setting}: irrelevant responses change the norm of a layer by "
-            f"{_list(rd.estimate, projections, 'percent')} on average over layers; their mean is "
-            f"{_factors(contrast.ratio_P, projections)} times as large, p below 0.05 in {told} of "
-            f"{len(projections)} projections."
-        )
-        of_setting = [verdict_of(c, k).leakage for k in range(len(projections))]
-        if leakage is not None and leakage.num_leaked:
-            verdicts += of_setting
-            sentence += (
-                f" In {leakage.num_leaked} of {leakage.num_pairs} pairs the irrelevant response is the "
-                "correct one; "
-            )
-            sentence += (
-                "without them nothing is left."
-                if leakage.without is None
-                else "without them it is "
-                f"{_list(leakage.without.mean_absolute_rd_P.estimate, projections, 'percent')}, and "
-                f"the contrast {_verdicts(of_setting, projections)}."
-            )
-        elif leakage is not None:
-            sentence += f" No leak in {leakage.num_pairs} pairs."
-            verdicts += [
-                "stands" if verdict == "stands" else "no contrast" for verdict in of_setting
-            ]
-        sentences.append(sentence)
-    where = ", ".join(part for part in (model, data) if part)
-    sizes = ", ".join(
-        f"{written(float(c.contrasts[NORM].mean_absolute_rd_P.estimate.mean()), 'percent')} in "
-        f"{c.first.role.setting}"
-        for c in comparisons
+        contrast, setting = c.contrasts[NORM], c.first.role.setting
+        found = [verdict_of(c, k) for k in range(len(contrast.first.examples.projections))]
+        rd_P, p_P = contrast.mean_absolute_rd_P.estimate, contrast.sign_flip.p_P
+        sizes.append(f"{written(float(rd_P.mean()), 'percent')} in {setting}")
+        if (p_P < _SMALL_P).sum() * 2 > len(p_P):
+            told_apart.append(setting)
+        sentences.append(_response_setting(c, found))
+        verdicts += [v.sum_loss for v in found]
+        if c.leakage is not None and c.leakage.num_leaked:
+            leaks += c.leakage.num_leaked
+            verdicts += [v.leakage for v in found]
+    lead = (
+        f"Irrelevant responses change the nuclear norm of a layer by {', '.join(sizes)}; told apart "
+        f"(p below {_SMALL_P} in most projections) in {', '.join(told_apart) or 'none of them'}."
     )
-    leaks = sum(c.leakage.num_leaked for c in comparisons if c.leakage is not None)
-    lead = f"Irrelevant responses change the nuclear norm of a layer by {sizes}."
     if leaks:
-        lead += f" {leaks} pairs leak the correct answer; without them: {_left(verdicts)}."
-    outcome = _outcome(verdicts)
-    return Finding(f"{where}: correct against irrelevant", lead, tuple(sentences), outcome)
+        lead += f" {leaks} pairs leak the correct answer."
+    lead += f" Without leaks and with the summed loss: {_left(verdicts)}."
+    return Finding(f"{where}correct against irrelevant", lead, tuple(sentences), _outcome(verdicts))
+
+
+def _response_setting(c: Comparison, found: Sequence[Verdicts]) -> str:
+    contrast, leakage = c.contrasts[NORM], c.leakage
+    projections = contrast.first.examples.projections
+    sentence = (
+        f"{c.first.role.setting}: irrelevant responses change the norm of a layer by "
+        f"{_list(contrast.mean_absolute_rd_P.estimate, projections, 'percent')} on average over layers; "
+        f"their mean is {_factors(contrast.ratio_P, projections)} times as large{_p(contrast)}."
+    )
+    summed = c.contrasts.get(SUM_LOSS)
+    if summed is not None:
+        sentence += (
+            f" With the summed loss it is {_factors(summed.ratio_P, projections)} times: the contrast "
+            f"{_verdicts((v.sum_loss for v in found), projections)}."
+        )
+    if leakage is None:
+        return sentence
+    if not leakage.num_leaked:
+        return f"{sentence} No leak in {leakage.num_pairs} pairs."
+    sentence += (
+        f" In {leakage.num_leaked} of {leakage.num_pairs} pairs the irrelevant response is the correct "
+        "one; without them "
+    )
+    if leakage.without is None:
+        return f"{sentence}nothing is left."
+    rd = leakage.without.mean_absolute_rd_P.estimate
+    return (
+        f"{sentence}the change is {_list(rd, projections, 'percent')}, and the contrast "
+        f"{_verdicts((v.leakage for v in found), projections)}."
+    )
 
 
 def _left(verdicts: Sequence[Verdict]) -> str:
@@ -228,9 +253,8 @@ def _model(c: Comparison) -> Finding:
         f"The mean nuclear norm of {c.second.role.model} is {_factors(norm.ratio_P, projections)} "
         f"times that of {c.first.role.model}{_p(norm)}."
     )
-    return Finding(
-        f"{c.first.role.title}: base against instruction-tuned", (sentence,), "info"
-    )
+    heading = f"{c.first.role.title}: base against instruction-tuned"
+    return Finding(heading, sentence, (), "info")
 
 
 def _limits(study: Study) -> Finding:
@@ -286,11 +310,6 @@ def _shape(why: str) -> str:
 
 def _notes(contrast: Contrast | None) -> list[str]:
     return contrast.note.split("; ") if contrast is not None and contrast.note else []
-
-
-def _where(c: Comparison) -> str:
-    role = c.first.role
-    return ", ".join(part for part in (role.model, role.data) if part)
 
 
 def _list(values_P: Iterable[float], projections: Sequence[str], form: Form = "number") -> str:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jaxgrad.analysis import Resampling
-from jaxgrad.analysis.resampling import check_resampling
 from jaxgrad.dtypes import DTYPES
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Fields
@@ -202,22 +201,23 @@ def read_study(path: str | os.PathLike[str], *, limit: int | None = None) -> Stu
         fields=Fields(
             **{name.removesuffix("_field"): v for name, v in analyze.values(_FIELDS).items()}
         ),
-        resampling=Resampling(**report.values(limits)),
+        resampling=_resampling(report, limits),
         models=models,
         data=data,
     )
-    _check(config, analyze, report)
+    _check(config, analyze)
     return config
 
 
-def _check(config: StudyConfig, analyze: "_Table", report: "_Table") -> None:
-    """What no key shows alone."""
+def _resampling(report: "_Table", kinds: Mapping[str, Any]) -> Resampling:
     try:
-        check_resampling(config.resampling.level, config.resampling.num_resamples)
+        return Resampling(**report.values(kinds))
     except UserError as error:
         report.refuse(str(error))
-    if config.resampling.num_permutations < 1:
-        report.refuse("num_permutations is less than 1: give 1 or more")
+
+
+def _check(config: StudyConfig, analyze: "_Table") -> None:
+    """What no key shows alone."""
     if config.options.date is not None:
         try:
             read_date(config.options.date)
