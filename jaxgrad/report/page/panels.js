@@ -143,6 +143,6 @@ function numbersLine(what, title, entries) {
 function shown3(value) {
   const size = Math.abs(value);
   if (value == null || Number.isNaN(value)) return "–";
-  if (size >= 1e-3 && size < 1000) return value.toPrecision(3).replace("-", "−");
+  if (size >= 1e-3 && size < 999.5) return value.toPrecision(3).replace("-", "−");
   return shown(Number(value.toPrecision(3)));
 }
