@@ -112,7 +112,8 @@ def limits_of(interval: Interval | None) -> list[list[float | None]] | None:
     if interval is None:
         return None
     rows = zip(interval.estimate, interval.low, interval.high, strict=True)
-    return [[rounded(float(number)) for number in row] for row in rows]
+    # More digits than are shown: a number rounded twice may differ from its table's.
+    return [[rounded(float(number), 7) for number in row] for row in rows]
 
 
 def core_block(study: Study, embedded: Mapping[str, Any]) -> Block:

@@ -139,4 +139,10 @@ function numbersLine(what, title, entries) {
   return list;
 }
 
-const shown3 = (value) => (value == null ? "–" : shown(Number(value.toPrecision(3))));
+// Three significant digits, zeros at the end kept, as the tables have them.
+function shown3(value) {
+  const size = Math.abs(value);
+  if (value == null || Number.isNaN(value)) return "–";
+  if (size >= 1e-3 && size < 999.5) return value.toPrecision(3).replace("-", "−");
+  return shown(Number(value.toPrecision(3)));
+}
