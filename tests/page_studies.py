@@ -10,7 +10,7 @@ from jaxgrad.analysis.example_set import LeftOut
 from jaxgrad.analysis.similarity import Similarity
 from jaxgrad.report.cells import Cell, Role
 from jaxgrad.report.comparisons import compare_all
-from jaxgrad.report.page import PageFinding
+from jaxgrad.report.findings import Finding
 from jaxgrad.report.tables import Column, Number, Table
 
 QUICK = Resampling(num_resamples=100, num_permutations=100)
@@ -29,8 +29,8 @@ TABLE = Table(
     ),
 )  # fmt: skip
 FINDINGS = [
-    PageFinding("Norms fall", ["V: 0.21 [0.18, 0.25]."], "stands", "Smaller with reasoning."),
-    PageFinding("Length explains it", ["It turns round."], "falls"),
+    Finding("Norms fall", "Smaller with reasoning.", ("V: 0.21 [0.18, 0.25].",), "stands"),
+    Finding("Length explains it", "It turns round.", (), "falls"),
 ]
 
 

@@ -11,7 +11,8 @@ import pytest
 from page_studies import FINDINGS, QUICK, TABLE, cell, large_study, role, small_study
 
 from jaxgrad.report.comparisons import compare_all
-from jaxgrad.report.page import LIMIT, PageFinding, write_page
+from jaxgrad.report.findings import Finding
+from jaxgrad.report.page import LIMIT, write_page
 from jaxgrad.report.tables import Column, Table
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
@@ -281,7 +282,7 @@ def test_hostile_text_is_shown_and_runs_nothing(browser, folder):
         resampling=QUICK,
     )  # fmt: skip
     tables = [Table("t", HOSTILE, HOSTILE, (Column(HOSTILE, HOSTILE),), ((HOSTILE,),))]
-    findings = [PageFinding(HOSTILE, [HOSTILE], "info", HOSTILE)]
+    findings = [Finding(HOSTILE, HOSTILE, (HOSTILE,), "info")]
     write_page(study, tables, findings, folder / "hostile.html")
     open_page(browser, folder / "hostile.html")
     browser.execute_script("window.alert = () => { window.ran = true; }")

@@ -13,7 +13,7 @@ from jaxgrad.report.cells import Cell, check_distinct
 from jaxgrad.report.comparisons import Study, compare_all, wanted_pairs
 from jaxgrad.report.figures import YLimits, write_figures
 from jaxgrad.report.findings import Finding, findings
-from jaxgrad.report.page import PageFinding, write_page
+from jaxgrad.report.page import write_page
 from jaxgrad.report.study_tables import study_tables
 from jaxgrad.report.tables import Table, as_csv, as_latex, as_markdown
 
@@ -113,8 +113,7 @@ def _write_files(study: Study, directory: Path, y_limits: YLimits, progress: boo
             (directory / "tables" / f"{table.name}{suffix}").write_text(form(table), "utf-8")
     (directory / SUMMARY).write_text(_summary(study, found, tables), "utf-8")
     write_figures(study, directory / "figures", y_limits=y_limits, progress=progress)
-    in_words = [PageFinding(f.heading, f.sentences, f.outcome, f.lead) for f in found]
-    write_page(study, tables, in_words, directory / PAGE)
+    write_page(study, tables, found, directory / PAGE)
 
 
 def _summary(study: Study, found: Sequence[Finding], tables: Sequence[Table]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import plotly.offline
@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from jaxgrad.errors import UserError
 from jaxgrad.report.comparisons import Study
+from jaxgrad.report.findings import Finding
 from jaxgrad.report.page_data import (
     Block,
     core_block,
@@ -45,25 +46,6 @@ _SLACK = 40_000
 _OPEN_TABLES = 3
 _SCRIPTS = ("core.js", "panels.js", "curves.js", "tables.js", "examples.js", "start.js")
 
-FindingVerdict = Literal["stands", "falls", "unclear", "info"]
-
-
-@dataclass(frozen=True)
-class PageFinding:
-    """What was found, in words.
-
-    Attributes:
-        heading: In a few words.
-        sentences: With their figures.
-        verdict: What the controls leave of it.
-        lead: The finding in a line or two; the sentences then unfold.
-    """
-
-    heading: str
-    sentences: Sequence[str]
-    verdict: FindingVerdict = "info"
-    lead: str = ""
-
 
 @dataclass(frozen=True)
 class PageSize:
@@ -83,7 +65,7 @@ class PageSize:
 
 
 def write_page(
-    study: Study, tables: Sequence[Table], findings: Sequence[PageFinding], path: str | Path
+    study: Study, tables: Sequence[Table], findings: Sequence[Finding], path: str | Path
 ) -> PageSize:
     """Writes a study as one self-contained HTML file of less than `LIMIT` bytes.
 
