@@ -14,6 +14,7 @@ from jaxgrad.report.tables import (
     as_csv,
     as_latex,
     as_markdown,
+    compact,
     written,
 )  # fmt: skip
 
@@ -87,3 +88,14 @@ def test_latex_has_booktabs_rules_groups_and_no_active_character_of_the_data():
         assert text.count(rule) == 1
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert [line.count(" & ") for line in rows] == [1, 2, 2]
+
+
+def test_the_column_of_models_is_left_out_for_the_eye_where_there_is_one_model():
+    columns = (Column("model"), Column("q", "MAD"))
+    one = table(("m", Number(1.0)), ("m", Number(2.0)), columns=columns)
+    two = table(("m", Number(1.0)), ("n", Number(2.0)), columns=columns)
+    assert compact(one).columns == (Column("q", "MAD"),)
+    assert compact(one).rows == ((Number(1.0),), (Number(2.0),))
+    assert compact(two) == two
+    assert "model" not in as_markdown(one) + as_latex(one)
+    assert as_csv(one).startswith("model,MAD q\nm,1.0\n")  # for programs it stays

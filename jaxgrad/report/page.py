@@ -32,7 +32,7 @@ from jaxgrad.report.page_data import (
     similarity_blocks,
 )
 from jaxgrad.report.page_examples import example_blocks
-from jaxgrad.report.tables import Number, Table, written
+from jaxgrad.report.tables import Number, Table, compact, written
 from jaxgrad.results.files import atomic_file
 
 # Bytes of the whole page: what a mail server, a repository and a phone still take.
@@ -182,7 +182,7 @@ def _tables(tables: Sequence[Table]) -> tuple[list[Markup], list[Table]]:
     """The tables as HTML, as many as fit; and the others."""
     template = _environment().get_template("table.html")
     shown, too_large, room = [], [], TABLES_LIMIT
-    for place, table in enumerate(tables):
+    for place, table in enumerate(map(compact, tables)):
         html = template.render(
             place=place,
             open=place < _OPEN_TABLES,

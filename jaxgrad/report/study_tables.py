@@ -23,7 +23,7 @@ def study_tables(study: Study) -> list[Table]:
     tables = [_counts(study)]
     for data in study.data_sets():
         curves = [c for c in study.curves if c.cell.role.data == data]
-        tables += [_mad(data, curves), _segment_mad(data, curves)]
+        tables += [_mad(data, curves, study.resampling.level), _segment_mad(data, curves)]
     tables += [_means(study), _settings(study), _length(study), _responses(study)]
     tables += [_models(study), _similarity(study)]
     return [table for table in tables if table.rows]
@@ -85,7 +85,7 @@ def _counts(study: Study) -> Table:
     )
 
 
-def _mad(data: str, curves: Sequence[CellCurves]) -> Table:
+def _mad(data: str, curves: Sequence[CellCurves], level: float) -> Table:
     over = _projections(curves)
     rows = []
     for c in curves:
@@ -98,7 +98,7 @@ def _mad(data: str, curves: Sequence[CellCurves]) -> Table:
         _name("mad", data),
         _title("MAD of the nuclear norm", data),
         "MAD: mean absolute difference of the mean curve from layer to layer, over all layers. Mean: "
-        "over examples and layers. In brackets the 95 % bootstrap interval; that of MAD takes off "
+        f"over examples and layers. In brackets the {100 * level:g} % bootstrap interval; that of MAD takes off "
         "what noise adds to absolute values, so that an estimate may lie above its own interval.",
         (
             *_ROLE,
@@ -142,7 +142,7 @@ def _means(study: Study) -> Table:
     return Table(
         "statistics",
         "All statistics",
-        "Mean over examples and layers, and MAD over all layers, of every statistic; 95 % bootstrap "
+        "Mean over examples and layers, and MAD over all layers, of every statistic, with bootstrap "
         "intervals.",
         (
             *_ROLE,

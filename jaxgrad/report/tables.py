@@ -1,6 +1,7 @@
 """A table of numbers with intervals, and its forms: Markdown, CSV, LaTeX."""
 
 import csv
+import dataclasses
 import io
 import math
 from dataclasses import dataclass
@@ -90,6 +91,18 @@ class Table:
             raise ValueError(f"table {self.name}: a row has another number of values than columns")
 
 
+def compact(table: Table) -> Table:
+    """A table for the eye: without the column of models where there is one model alone."""
+    keep = [
+        place
+        for place, column in enumerate(table.columns)
+        if column.name != "model" or len({row[place] for row in table.rows}) > 1
+    ]
+    rows = tuple(tuple(row[place] for place in keep) for row in table.rows)
+    columns = tuple(table.columns[place] for place in keep)
+    return dataclasses.replace(table, columns=columns, rows=rows)
+
+
 def written(value: float, form: Form = "number") -> str:
     """A number as people read it; an en dash for NaN.
 
@@ -121,7 +134,8 @@ def text_of(value: Value) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """GitHub's Markdown: title, table, caption. Groups stand in the columns' names."""
+    """GitHub's Markdown: title, table, caption. Groups stand in the columns' names. See `compact`."""
+    table = compact(table)
     head = [f"{c.group} {c.name}".strip() for c in table.columns]
     numeric = [_is_numeric(table, place) for place in range(len(head))]
     lines = [f"### {_markdown(table.title)}", ""]
@@ -157,7 +171,8 @@ def as_csv(table: Table) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """A `table*` with booktabs' rules; intervals in a smaller size."""
+    """A `table*` with booktabs' rules; intervals in a smaller size. See `compact`."""
+    table = compact(table)
     numeric = [_is_numeric(table, place) for place in range(len(table.columns))]
     groups = _groups(table)
     lines = [
