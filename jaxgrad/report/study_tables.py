@@ -98,8 +98,9 @@ def _mad(data: str, curves: Sequence[CellCurves], level: float) -> Table:
         _name("mad", data),
         _title("MAD of the nuclear norm", data),
         "MAD: mean absolute difference of the mean curve from layer to layer, over all layers. Mean: "
-        f"over examples and layers. In brackets the {100 * level:g} % bootstrap interval; that of MAD takes off "
-        "what noise adds to absolute values, so that an estimate may lie above its own interval.",
+        f"over examples and layers. In brackets the {100 * level:g} % bootstrap interval; that of MAD "
+        "takes off what noise adds to absolute values, so that an estimate may lie above its own "
+        "interval.",
         (
             *_ROLE,
             *(Column(p, "MAD, all layers") for p in over),
