@@ -1,6 +1,6 @@
 """What the figures show: each function makes one, of descriptions and contrasts that are there."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -110,12 +110,7 @@ def curves_figure(
     )  # fmt: skip
     shown = [panel for row in places for panel in row if panel is not None]
     shared = limits or _range([p.curve_LP for p in shown if p.curve_LP is not None], zero_line)
-    for i, j in np.ndindex(axes.shape):
-        panel = places[i][j]
-        ax = cast(Axes, axes[i, j])
-        if panel is None:
-            ax.set_visible(False)
-            continue
+    for i, j, ax, panel in _filled(axes, places):
         head(ax, panel.title, panel.aside)
         if panel.curve_LP is None:
             absent(ax, panel.why)
@@ -180,12 +175,7 @@ def settings_figure(rows: Sequence[Sequence[Points | None]], *, title: str, y_la
         width=min(2.6, max(1.5, 0.35 + 0.55 * most)), height=1.6,
     )  # fmt: skip
     low, high = _log_range([group[1] for panel in panels for group in panel.groups])
-    for i, j in np.ndindex(axes.shape):
-        panel = places[i][j]
-        ax = cast(Axes, axes[i, j])
-        if panel is None:
-            ax.set_visible(False)
-            continue
+    for _, _, ax, panel in _filled(axes, places):
         head(ax, panel.title)
         _points(ax, panel, low, horizontal=False)
         names = [shortened(group[0], 14) for group in panel.groups]
@@ -220,12 +210,7 @@ def ratios_figure(rows: Sequence[Sequence[Points | None]], *, title: str, x_labe
     )  # fmt: skip
     low, high = _log_range([group[1] for panel in panels for group in panel.groups])
     low, high = min(low, 0.8), max(high, 1.25)
-    for i, j in np.ndindex(axes.shape):
-        panel = places[i][j]
-        ax = cast(Axes, axes[i, j])
-        if panel is None:
-            ax.set_visible(False)
-            continue
+    for i, j, ax, panel in _filled(axes, places):
         head(ax, panel.title)
         ax.axvline(1, color=INK, lw=0.7, zorder=1.5)
         for y in range(1, len(labels)):
@@ -405,3 +390,15 @@ def _log_range(intervals: Sequence[Interval | None]) -> tuple[float, float]:
     limits = limits[np.isfinite(limits) & (limits > estimates.min() / 4)]
     known = np.concatenate([estimates, limits])
     return float(known.min()) / 1.2, float(known.max()) * 1.2
+
+
+def _filled(
+    axes: np.ndarray, places: Sequence[Sequence[Panel | None]]
+) -> Iterator[tuple[int, int, Axes, Panel]]:
+    """Row, column, axes and panel of every place that has one; the others are hidden."""
+    for i, j in np.ndindex(axes.shape):
+        panel, ax = places[i][j], cast(Axes, axes[i, j])
+        if panel is None:
+            ax.set_visible(False)
+        else:
+            yield i, j, ax, panel
