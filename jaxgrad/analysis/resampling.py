@@ -16,7 +16,7 @@ from jaxgrad.errors import UserError
 # Weights held at a time: 32 MB.
 _BLOCK_VALUES = 2**22
 # Below it percentile and BCa intervals of a mean are known to be too narrow: said, not mended.
-_FEW_EXAMPLES = 20
+FEW_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ def refusal(sizes: Sequence[int], strata: Sequence[Stratum]) -> str | None:
         return "no interval: a set has fewer than 2 examples"
     for stratum in strata:
         for places, size in zip(stratum.members, sizes, strict=True):
-            if places is not None and stratum.size == 1 and size < _FEW_EXAMPLES:
+            if places is not None and stratum.size == 1 and size < FEW_EXAMPLES:
                 return "no interval: a single example with or without partner cannot be resampled"
     return None
 
 
 def caution(sizes: Sequence[int]) -> str | None:
     """What must be said of an interval from few examples, or None."""
-    if min(sizes) >= _FEW_EXAMPLES:
+    if min(sizes) >= FEW_EXAMPLES:
         return None
     return f"only {min(sizes)} examples in a set: the interval tends to be too narrow"
 

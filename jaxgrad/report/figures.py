@@ -33,6 +33,7 @@ from jaxgrad.report.panels import (
     similarity_figure,
 )
 from jaxgrad.report.style import STATISTIC_NAMES
+from jaxgrad.report.verdicts import matching_decides, regression_decides
 
 YLimits = Literal["shared", "free"] | tuple[float, float]
 
@@ -314,7 +315,7 @@ def _length(study: Study, model: str) -> Iterator[Plan]:
         "and examples; 1 is no difference. Mean loss: as measured. Summed loss: norms times the "
         "number of response tokens. Matched: pairs of about the same number of response "
         "tokens alone. Regression: ratio of geometric means, with a term in log response tokens; "
-        "hollow where the two sets have no length in common. "
+        "hollow where fewer than 20 examples have lengths in common, which decides nothing. "
         + _intervals(study, "Whiskers", *shown)
     )
     yield Plan(
@@ -332,8 +333,12 @@ def _ratios(one: Comparison) -> list[tuple[str, Interval | None, bool]]:
     return [
         ("mean loss", one.contrasts[NORM].ratio_P, False),
         ("summed loss", None if by_sum is None else by_sum.ratio_P, False),
-        ("matched", None if one.matched is None else one.matched.ratio_P, False),
-        ("regression", adjusted, one.regression is not None and one.regression.overlap == 0),
+        (
+            "matched",
+            None if one.matched is None else one.matched.ratio_P,
+            not matching_decides(one),
+        ),
+        ("regression", adjusted, not regression_decides(one)),
     ]
 
 

@@ -9,11 +9,19 @@ import numpy as np
 
 from jaxgrad.analysis import Contrast, Interval
 from jaxgrad.analysis.curves import mad
+from jaxgrad.analysis.resampling import FEW_EXAMPLES
 from jaxgrad.report.cells import CORRECT
 from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison, Study
 from jaxgrad.report.style import STATISTIC_NAMES
 from jaxgrad.report.tables import Form, written
-from jaxgrad.report.verdicts import Verdict, Verdicts, direction, verdict_of
+from jaxgrad.report.verdicts import (
+    Verdict,
+    Verdicts,
+    direction,
+    matching_decides,
+    regression_decides,
+    verdict_of,
+)
 
 # A p below which two responses count as told apart in a sentence; the tables have every p.
 _SMALL_P = 0.05
@@ -121,8 +129,12 @@ def _setting(where: str, c: Comparison) -> Finding:
             "Length, by examples matched on response tokens (within 10 %): no two match."
             if c.matched is None
             else f"Length, by {len(c.match.pairs)} pairs matched on response tokens (within 10 %): the "
-            f"ratio is {_factors(c.matched.ratio_P, projections)}: the contrast "
-            f"{_verdicts((v.matched for v in verdicts), projections)}."
+            f"ratio is {_factors(c.matched.ratio_P, projections)}: "
+            + (
+                f"the contrast {_verdicts((v.matched for v in verdicts), projections)}."
+                if matching_decides(c)
+                else "too few to decide."
+            )
         )
     if c.regression is not None:
         overlap = written(c.regression.overlap, "percent")
@@ -132,7 +144,7 @@ def _setting(where: str, c: Comparison) -> Finding:
             f"lengths): the ratio is {_list(adjusted, projections)}: "
             + (
                 f"the contrast {_verdicts((v.regression for v in verdicts), projections)}."
-                if c.regression.overlap
+                if regression_decides(c)
                 else "an extrapolation beyond the lengths of both, which decides nothing."
             )
         )
@@ -272,11 +284,11 @@ def _limits(study: Study) -> Finding:
     truncated = sum(cell.examples.num_truncated or 0 for cell in study.cells)
     if truncated:
         sentences.append(f"{truncated} of those used were cut at the run's max_length.")
-    small = [c for c in study.cells if c.examples.num_examples < 20]
+    small = [c for c in study.cells if c.examples.num_examples < FEW_EXAMPLES]
     if small:
         sentences.append(
-            f"{len(small)} of {len(study.cells)} runs have fewer than 20 examples: their intervals are "
-            "known to be too narrow, and with one example there is none."
+            f"{len(small)} of {len(study.cells)} runs have fewer than {FEW_EXAMPLES} examples: their "
+            "intervals are known to be too narrow, and with one example there is none."
         )
     sentences += _missing(study)
     sentences += [f"Not there: {what}: {why}" for what, why in study.unavailable.items()]

@@ -227,7 +227,7 @@ def ratios_figure(rows: Sequence[Sequence[Points | None]], *, title: str, x_labe
             ax.tick_params(axis="x", labelbottom=True)
     figure.supxlabel(x_label, fontsize=7.5)
     hollow = any(group[2] for panel in panels for group in panel.groups)
-    more = [Line2D([], [], ls="none", marker="o", mfc="white", mec=MUTED, label="extrapolation")]
+    more = [Line2D([], [], ls="none", marker="o", mfc="white", mec=MUTED, label="decides nothing")]
     names = [name for panel in panels for name in panel.projections]
     legend(figure, _styles(names), more if hollow else [], lines=False)
     return figure

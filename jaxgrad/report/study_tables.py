@@ -234,8 +234,8 @@ def _length(study: Study) -> Table:
         "Each ratio is of mean nuclear norms, second over first. A contrast stands under a control "
         "that gives the same direction with an interval apart from no difference, is not shown by one "
         "whose interval holds no difference, and turns round under one that gives the other direction. "
-        "Overlap: examples whose length is within the other set's range; at 0 the regression "
-        "extrapolates and decides nothing.",
+        "Overlap: examples whose length is within the other set's range. Fewer than 20 pairs, "
+        "or examples within it, decide nothing.",
         (
             *_COMPARED,
             Column("projection"),

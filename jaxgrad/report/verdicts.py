@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from jaxgrad.analysis import Contrast, Interval
+from jaxgrad.analysis.resampling import FEW_EXAMPLES
 from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison
 
 Verdict = Literal["stands", "not shown", "turns round", "no contrast", "not known"]
@@ -83,12 +84,24 @@ def verdict_of(comparison: Comparison, p: int) -> Verdicts:
         return judge(found, direction(None if control is None else control.difference_P, p))
 
     regression, leakage = comparison.regression, comparison.leakage
-    # Without lengths in common the regression extrapolates, and decides nothing.
-    adjusted = regression.adjusted_P if regression is not None and regression.overlap else None
+    adjusted = regression.adjusted_P if regression and regression_decides(comparison) else None
     return Verdicts(
         direction=found or 0,
         sum_loss=under(comparison.contrasts.get(SUM_LOSS)),
-        matched=under(comparison.matched),
+        matched=under(comparison.matched if matching_decides(comparison) else None),
         regression=judge(found, direction(adjusted, p)),
         leakage=under(None if leakage is None else leakage.without),
     )
+
+
+def matching_decides(comparison: Comparison) -> bool:
+    """Whether enough examples have a partner of their length for an interval to mean something."""
+    return comparison.match is not None and len(comparison.match.pairs) >= FEW_EXAMPLES
+
+
+def regression_decides(comparison: Comparison) -> bool:
+    """Whether enough examples have a length that the other set has too; else it extrapolates."""
+    found = comparison.regression
+    if found is None:
+        return False
+    return found.overlap * (found.first.num_examples + found.second.num_examples) >= FEW_EXAMPLES
