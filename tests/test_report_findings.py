@@ -133,3 +133,13 @@ def test_p_is_adjusted_for_the_number_of_rows(study):
     scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
     expected = np.minimum.accumulate(scaled[::-1])[::-1]
     np.testing.assert_allclose(adjusted[order], np.minimum(expected, 1), rtol=1e-12)
+
+
+def test_responses_that_are_not_told_apart_have_nothing_to_stand():
+    cells = [
+        cell(Role("m", "", "none", response), 1.0, seed=seed)
+        for seed, response in enumerate(("correct", "irrelevant"))
+    ]
+    first = findings(compare_all(cells, title="", resampling=FEW))[0]
+    assert first.outcome == "unclear"
+    assert "in none of them" in first.lead and "Of these contrasts" not in first.lead

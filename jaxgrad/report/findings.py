@@ -25,6 +25,7 @@ from jaxgrad.report.verdicts import (
 
 # A p below which two responses count as told apart in a sentence; the tables have every p.
 _SMALL_P = 0.05
+_PLURAL = {"stands": "stand", "not shown": "are not shown", "turns round": "turn round"}
 Outcome = Literal["stands", "falls", "unclear", "info"]
 
 
@@ -201,20 +202,22 @@ def _responses(where: str, comparisons: Sequence[Comparison]) -> Finding:
         found = [verdict_of(c, k) for k in range(len(contrast.first.examples.projections))]
         rd_P, p_P = contrast.mean_absolute_rd_P.estimate, contrast.sign_flip.p_P
         sizes.append(f"{written(float(rd_P.mean()), 'percent')} in {setting}")
+        sentences.append(_response_setting(c, found))
+        leaked = 0 if c.leakage is None else c.leakage.num_leaked
+        leaks += leaked
+        # What is not told apart has nothing to lose under a control.
         if (p_P < _SMALL_P).sum() * 2 > len(p_P):
             told_apart.append(setting)
-        sentences.append(_response_setting(c, found))
-        verdicts += [v.sum_loss for v in found]
-        if c.leakage is not None and c.leakage.num_leaked:
-            leaks += c.leakage.num_leaked
-            verdicts += [v.leakage for v in found]
+            verdicts += [v.sum_loss for v in found] + [v.leakage for v in found if leaked]
     lead = (
         f"Irrelevant responses change the nuclear norm of a layer by {', '.join(sizes)}; told apart "
         f"(p below {_SMALL_P} in most projections) in {', '.join(told_apart) or 'none of them'}."
     )
     if leaks:
         lead += f" {leaks} pairs leak the correct answer."
-    lead += f" Without leaks and with the summed loss: {_left(verdicts)}."
+    if told_apart:
+        controls = "without leaks and with the summed loss" if leaks else "with the summed loss"
+        lead += f" Of these contrasts, {controls}: {_left(verdicts)}."
     return Finding(f"{where}correct against irrelevant", lead, tuple(sentences), _outcome(verdicts))
 
 
@@ -254,8 +257,8 @@ def _left(verdicts: Sequence[Verdict]) -> str:
     counts = Counter(v for v in verdicts if v not in ("no contrast", "not known"))
     total = counts.total()
     if not total:
-        return "there was no contrast to lose"
-    return ", ".join(f"{n} of {total} contrasts: {verdict}" for verdict, n in counts.items())
+        return "none could be judged"
+    return ", ".join(f"{n} of {total} {_PLURAL[verdict]}" for verdict, n in counts.items())
 
 
 def _model(c: Comparison) -> Finding:
