@@ -129,11 +129,11 @@ function showPanels(root, wanted) {
 // A line of numbers below a plot: what they are, then one a series.
 function numbersLine(what, title, entries) {
   const list = element("div", { class: "numbers", title }, element("span", { class: "what" }, what));
-  list.style.gridTemplateColumns = `auto repeat(${entries.length}, minmax(0, 1fr))`;
+  list.style.gridTemplateColumns = `repeat(${entries.length}, minmax(0, 1fr))`;
   for (const [name, look, [value, low, high]] of entries) {
     const label = element("span", {}, name + " ", element("b", {}, shown3(value)), element("i", {}, low == null ? "" : `[${shown3(low)}, ${shown3(high)}]`));
     label.style.borderLeft = `3px solid ${onPage(look.colour)}`;
-    label.style.paddingLeft = ".45rem";
+    label.style.paddingLeft = ".35rem";
     list.append(label);
   }
   return list;
