@@ -114,8 +114,10 @@ def help_text(program: str, description: str, groups: Sequence[FlagGroup]) -> st
 
 
 def _meaning(flag: Any) -> str:
-    # absl puts an enum's values before its help; they stand in the usage already.
-    return flag.help.split(">: ", 1)[1] if flag.help.startswith("<") else flag.help
+    # absl puts an enum's values before its help; they stand in the usage already. Behind a list's help
+    # it says how to repeat it.
+    text = flag.help.split(";\n    repeat this option", 1)[0]
+    return text.split(">: ", 1)[1] if text.startswith("<") else text
 
 
 def _usage(name: str, flag: Any) -> str:
@@ -123,7 +125,7 @@ def _usage(name: str, flag: Any) -> str:
         return f"[no]{name}  (default: {'yes' if flag.default else 'no'})"
     choices = getattr(flag.parser, "enum_values", None)
     value = "|".join(choices) if choices else flag.parser.flag_type().upper()
-    default = "" if flag.default in (None, "") else f"  (default: {flag.default})"
+    default = "" if flag.default in (None, "", []) else f"  (default: {flag.default})"
     return f"{name}={value}{default}"
 
 
