@@ -114,7 +114,7 @@ def test_files_are_there_and_hold_their_titles(written):
         assert file.png.read_bytes().startswith(b"\x89PNG")
         assert "95% bootstrap intervals (100 resamples" in file.caption
         assert "only 11 examples" in file.caption.lower() or file.name.startswith("similarity")
-    assert "AQuA, none, irrelevant" in texts(written[0].svg)
+    assert "none, irrelevant" in texts(written[0].svg)
 
 
 def test_the_same_study_gives_the_same_bytes(study, written, tmp_path):
@@ -132,7 +132,7 @@ def test_curves_and_bands_are_those_of_the_descriptions(study):
     # Panels by row: a row a response, a column a setting; the study has them setting by setting.
     for ax, place in zip(figure.axes, (0, 2, 1, 3), strict=True):
         curves = study.curves[place]
-        assert ax.get_title("left") == curves.cell.role.title
+        assert ax.get_title("left") == curves.cell.role.within
         curve_LP = curves.descriptions["nuclear_norm"].curve_LP
         for p, name in enumerate(curves.cell.examples.projections):
             line = lines(ax)[PROJECTION_STYLE[name].title]
@@ -228,7 +228,7 @@ def test_names_are_text_alone_and_no_two_files_have_one_name(tmp_path):
         assert not any(
             element.tag.endswith("script") for element in ElementTree.parse(file.svg).iter()
         )
-    assert "a b, $y^2$" in texts(files[0].svg)
+    assert "$y^2$" in texts(files[0].svg)
     assert any(text.startswith("Nuclear norm: $x_1$") for text in texts(files[0].svg))
 
 

@@ -33,9 +33,12 @@ class Role:
     @property
     def title(self) -> str:
         """For headings and legends: "AQuA, none, irrelevant"."""
-        return ", ".join(part for part in (self.data, self.setting) if part) + (
-            f", {self.response}" if self.response != CORRECT else ""
-        )
+        return ", ".join(part for part in (self.data, self.within) if part)
+
+    @property
+    def within(self) -> str:
+        """The same within its data set: "none, irrelevant"."""
+        return self.setting if self.response == CORRECT else f"{self.setting}, {self.response}"
 
     @property
     def stem(self) -> str:

@@ -170,15 +170,15 @@ def _curves(
             role = Role(model, data, setting, response)
             found = study.find(role)
             if found is None:
-                row.append(Curves(role.title, why="no run"))
+                row.append(Curves(role.within, why="no run"))
             elif statistic not in found.descriptions:
-                row.append(Curves(role.title, why="not measured"))
+                row.append(Curves(role.within, why="not measured"))
             else:
                 description = found.descriptions[statistic]
                 examples, curve_LP = description.values.examples, description.curve_LP
                 aside = f"n = {examples.num_examples}"
                 row.append(
-                    Curves(role.title, aside, examples.layers, examples.projections, curve_LP)
+                    Curves(role.within, aside, examples.layers, examples.projections, curve_LP)
                 )
                 shown.append(curve_LP)
         if any(panel.curve_LP is not None for panel in row):
@@ -214,11 +214,11 @@ def _relative_differences(study: Study, model: str, data: str) -> Iterator[Plan]
         row, shown = [], []
         for one in group:
             if (found := one.contrasts.get(NORM)) is None:
-                row.append(Curves(one.first.role.title, why=one.missing.get(NORM, "")))
+                row.append(Curves(one.first.role.within, why=one.missing.get(NORM, "")))
                 continue
             examples = found.first.examples
             aside = f"n = {examples.num_examples}, {found.second.examples.num_examples}"
-            title = one.first.role.title
+            title = one.first.role.within
             row.append(Curves(title, aside, examples.layers, examples.projections, found.rd_LP))
             shown.append(found.rd_LP)
         if not shown:
