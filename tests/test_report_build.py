@@ -13,7 +13,7 @@ from analysis_runs import PROJECTIONS, example, results, set_of
 from checkpoint_files import write_json, write_model
 
 import jaxgrad
-from jaxgrad.analysis import Resampling
+from jaxgrad.analysis import Resampling, example_set
 from jaxgrad.command_line import _flag_for_each
 from jaxgrad.errors import UserError
 from jaxgrad.report import Cell, Role, read_labelled, read_y_limits, write_report
@@ -30,15 +30,20 @@ def cell(role, level=1.0, count=6, seed=0, **options):
     return Cell(role, "", set_of(value_ELP, role.title, options=options), None)
 
 
-def authors_file(path, level=1.0, count=6, seed=0):
-    """A file in the authors' form, of five layers."""
+def run_of(level=1.0, count=6, seed=0):
+    """A run of five layers with all that the authors' form has."""
     norm_ELP = level * np.random.default_rng(seed).uniform(0.9, 1.1, (count, 5, 4))
     columns = ("sigma_max", "sigma_min", "frobenius_norm", "entry_mean", "entry_max", "entry_min")
     examples = [
         example(e, norm_LP, **{name: norm_LP / 2 for name in columns})
         for e, norm_LP in enumerate(norm_ELP)
     ]
-    write_authors_jsonl(results(examples, num_layers=5), path)
+    return results(examples, num_layers=5)
+
+
+def authors_file(path, level=1.0, count=6, seed=0):
+    """The same in the authors' form."""
+    write_authors_jsonl(run_of(level, count, seed), path)
     return path
 
 
@@ -164,6 +169,32 @@ def test_the_authors_files_are_of_the_model_that_the_others_name(tmp_path, runs)
     alone = read_labelled([("fast", str(file))])
     assert alone[0].role.model == "unknown model"
     assert alone[0].examples.projections == PROJECTIONS
+
+
+def test_an_exported_run_gives_the_report_of_the_run(tmp_path):
+    levels = {"none": 3.0, "detailed": 1.0}
+    own, labels = [], []
+    for seed, (setting, level) in enumerate(levels.items()):
+        role = Role("m", "AQuA", setting)
+        examples = example_set(run_of(level, 24, seed), f"m, {role.title}")
+        own.append(Cell(role, "", examples, None))
+        file = authors_file(tmp_path / f"{setting}.jsonl", level, 24, seed)
+        labels.append((f"m/AQuA/{setting}/correct", str(file)))
+    reports = []
+    for name, cells in (("own", own), ("file", read_labelled(labels))):
+        write_report(cells, tmp_path / name, title="t", resampling=FEW)
+        reports.append(files_of(tmp_path / name))
+    one, other = reports
+    for name in ("tables/mad_aqua.csv", "tables/mad_segments_aqua.csv", "tables/settings.csv"):
+        assert one[name] == other[name]
+    # All statistics but the one that needs response tokens, which the form does not have.
+    rows = one["tables/statistics.csv"].splitlines()
+    kept = [row for row in rows if b"summed loss" not in row]
+    assert len(kept) == len(rows) - 2
+    assert kept == other["tables/statistics.csv"].splitlines()
+    curves = "figures/curves.m.aqua.nuclear_norm.svg"
+    assert one[curves] == other[curves]
+    assert b"its response tokens are unknown" in other["report.md"]
 
 
 @pytest.mark.parametrize(
