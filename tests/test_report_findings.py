@@ -83,6 +83,13 @@ def test_the_figures_are_those_of_the_sets(study):
     assert "with a chance of 1.00" in first.sentences[0]
     assert "stands in all" in first.sentences[-1]
     assert all("In 10 of 30 pairs" in sentence for sentence in second.sentences)
+    # Equal lengths in both sets: every example has a partner, and every control decides.
+    assert all("by 30 pairs matched on response tokens" in s for s in second.sentences)
+    assert "30 pairs leak the correct answer. Without them, 6 of 6 contrasts stand." in second.lead
+    assert second.lead.endswith(
+        "Controlled for length, it stands with the summed loss; it stands among examples matched on "
+        "length; it stands in the regression on length."
+    )
     # Of twice the norms, leaked or not: RD is 1 within the noise, which is the same in both.
     assert "by q 100.0 %, k 100.0 %" in second.sentences[0]
 
@@ -113,7 +120,7 @@ def test_every_table_has_every_form(study):
     tables = study_tables(study)
     assert [table.name for table in tables] == [
         "examples", "mad_aqua", "mad_segments_aqua", "statistics", "settings", "length", "responses",
-        "models",
+        "length_responses", "models",
     ]  # fmt: skip
     for table in tables:
         lines = as_csv(table).splitlines()

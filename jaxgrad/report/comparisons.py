@@ -53,8 +53,9 @@ class Comparison:
         first, second: The cells.
         contrasts: Statistic -> contrast; "sum_loss_norm" is the first control for length.
         match, matched: The second control, on the nuclear norm: who was matched, and their contrast
-            (None where no two responses have about the same length).
-        regression: The third, on the logarithm of the nuclear norm.
+            (None where no two responses have about the same length). Not of kind "model", whose
+            responses are the same.
+        regression: The third, on the logarithm of the nuclear norm; not of kind "model" either.
         leakage: With and without the pairs whose irrelevant response is the correct one; of kind
             "response" alone.
         missing: Name of a statistic or control -> why it is not there.
@@ -202,7 +203,7 @@ def compare(
 
     contrasts = {name: by(name) for name in STATISTICS}
     match = matched = regression = leakage = None
-    if kind == "setting":
+    if kind != "model":
         pair = attempt("matched", lambda: matched_contrast(one, two, resampling=resampling))
         match, matched = pair or (None, None)
         regression = attempt(

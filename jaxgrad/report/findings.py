@@ -125,6 +125,23 @@ def _setting(where: str, c: Comparison) -> Finding:
             f"{_factors(summed.ratio_P, projections)}: the contrast "
             f"{_verdicts((v.sum_loss for v in verdicts), projections)}."
         )
+    sentences += _matched_and_adjusted(c, verdicts)
+    of_length = [verdict for v in verdicts for verdict in v.of_length]
+    directions = [v.direction for v in verdicts]
+    lead = (
+        f"Gradients are {_size(directions)} in {two} than in {one} "
+        f"({_range(norm.ratio_P.estimate)} times the nuclear norm). {_under_length(verdicts)}"
+        if any(directions)
+        else f"The nuclear norms of {one} and {two} are not told apart "
+        f"({_range(norm.ratio_P.estimate)} times)."
+    )
+    return Finding(f"{where}{one} against {two}", lead, tuple(sentences), _outcome(of_length))
+
+
+def _matched_and_adjusted(c: Comparison, verdicts: Sequence[Verdicts]) -> list[str]:
+    """The two controls for length that need lengths in common, a sentence each."""
+    projections = c.contrasts[NORM].first.examples.projections
+    sentences = []
     if c.match is not None:
         sentences.append(
             "Length, by examples matched on response tokens (within 10 %): no two match."
@@ -149,16 +166,7 @@ def _setting(where: str, c: Comparison) -> Finding:
                 else "an extrapolation beyond the lengths of both, which decides nothing."
             )
         )
-    of_length = [verdict for v in verdicts for verdict in v.of_length]
-    directions = [v.direction for v in verdicts]
-    lead = (
-        f"Gradients are {_size(directions)} in {two} than in {one} "
-        f"({_range(norm.ratio_P.estimate)} times the nuclear norm). {_under_length(verdicts)}"
-        if any(directions)
-        else f"The nuclear norms of {one} and {two} are not told apart "
-        f"({_range(norm.ratio_P.estimate)} times)."
-    )
-    return Finding(f"{where}{one} against {two}", lead, tuple(sentences), _outcome(of_length))
+    return sentences
 
 
 def _size(sides: Sequence[int]) -> str:
@@ -193,7 +201,8 @@ def _under_length(verdicts: Sequence[Verdicts]) -> str:
 
 def _responses(where: str, comparisons: Sequence[Comparison]) -> Finding:
     sentences: list[str] = []
-    verdicts: list[Verdict] = []
+    judged: list[Verdicts] = []
+    without_leaks: list[Verdict] = []
     told_apart: list[str] = []
     sizes: list[str] = []
     leaks = 0
@@ -208,17 +217,20 @@ def _responses(where: str, comparisons: Sequence[Comparison]) -> Finding:
         # What is not told apart has nothing to lose under a control.
         if (p_P < _SMALL_P).sum() * 2 > len(p_P):
             told_apart.append(setting)
-            verdicts += [v.sum_loss for v in found] + [v.leakage for v in found if leaked]
+            judged += found
+            without_leaks += [v.leakage for v in found if leaked]
     lead = (
         f"Irrelevant responses change the nuclear norm of a layer by {', '.join(sizes)}; told apart "
         f"(p below {_SMALL_P} in most projections) in {', '.join(told_apart) or 'none of them'}."
     )
     if leaks:
         lead += f" {leaks} pairs leak the correct answer."
+    if without_leaks:
+        lead += f" Without them, {_left(without_leaks)}."
     if told_apart:
-        controls = "without leaks and with the summed loss" if leaks else "with the summed loss"
-        lead += f" Of these contrasts, {controls}: {_left(verdicts)}."
-    return Finding(f"{where}correct against irrelevant", lead, tuple(sentences), _outcome(verdicts))
+        lead += f" {_under_length(judged)}"
+    outcome = _outcome([*without_leaks, *(verdict for v in judged for verdict in v.of_length)])
+    return Finding(f"{where}correct against irrelevant", lead, tuple(sentences), outcome)
 
 
 def _response_setting(c: Comparison, found: Sequence[Verdicts]) -> str:
@@ -235,6 +247,7 @@ def _response_setting(c: Comparison, found: Sequence[Verdicts]) -> str:
             f" With the summed loss it is {_factors(summed.ratio_P, projections)} times: the contrast "
             f"{_verdicts((v.sum_loss for v in found), projections)}."
         )
+    sentence = " ".join([sentence, *_matched_and_adjusted(c, found)])
     if leakage is None:
         return sentence
     if not leakage.num_leaked:
@@ -258,7 +271,9 @@ def _left(verdicts: Sequence[Verdict]) -> str:
     total = counts.total()
     if not total:
         return "none could be judged"
-    return ", ".join(f"{n} of {total} {_PLURAL[verdict]}" for verdict, n in counts.items())
+    return ", ".join(
+        f"{n} of {total} contrasts {_PLURAL[verdict]}" for verdict, n in counts.items()
+    )
 
 
 def _model(c: Comparison) -> Finding:

@@ -1,6 +1,7 @@
 """Which tables a report has, in the paper's arrangement: models and settings down, projections across."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from scipy.stats import false_discovery_control
@@ -15,6 +16,7 @@ from jaxgrad.report.verdicts import verdict_of
 
 _ROLE = (Column("model"), Column("data"), Column("response"), Column("setting"))
 _COMPARED = tuple(map(Column, ("model", "data", "response", "first", "second")))
+_COMPARED_RESPONSES = tuple(map(Column, ("model", "data", "setting", "first", "second")))
 _SEGMENTS = ("early", "middle", "last")
 
 
@@ -24,7 +26,8 @@ def study_tables(study: Study) -> list[Table]:
     for data in study.data_sets():
         curves = [c for c in study.curves if c.cell.role.data == data]
         tables += [_mad(data, curves, study.resampling.level), _segment_mad(data, curves)]
-    tables += [_means(study), _settings(study), _length(study), _responses(study)]
+    tables += [_means(study), _settings(study), _length(study, "setting"), _responses(study)]
+    tables += [_length(study, "response")]
     tables += [_models(study), _similarity(study)]
     return [table for table in tables if table.rows]
 
@@ -201,9 +204,9 @@ def _settings(study: Study) -> Table:
     )
 
 
-def _length(study: Study) -> Table:
+def _length(study: Study, kind: Literal["setting", "response"]) -> Table:
     rows = []
-    for c, k, p in _by_projection(_of_kind(study, "setting")):
+    for c, k, p in _by_projection(_of_kind(study, kind)):
         verdict = verdict_of(c, k)
         ratios = [_ratio(c.contrasts.get(SUM_LOSS), k), _ratio(c.matched, k)]
         pairs = np.nan if c.match is None else len(c.match.pairs)
@@ -228,16 +231,17 @@ def _length(study: Study) -> Table:
         *(Column(n, "regression on log length") for n in ("ratio", "overlap", "so the contrast")),
         *(Column(n, "effective rank") for n in ("ratio", "ratio, of its ceiling")),
     )
+    settings = kind == "setting"
     return Table(
-        "length",
-        "Settings compared: what length does",
+        "length" if settings else "length_responses",
+        f"{'Settings compared' if settings else 'Correct and irrelevant responses'}: what length does",
         "Each ratio is of mean nuclear norms, second over first. A contrast stands under a control "
         "that gives the same direction with an interval apart from no difference, is not shown by one "
         "whose interval holds no difference, and turns round under one that gives the other direction. "
         "Overlap: examples whose length is within the other set's range. Fewer than 20 pairs, "
         "or examples within it, decide nothing.",
         (
-            *_COMPARED,
+            *(_COMPARED if settings else _COMPARED_RESPONSES),
             Column("projection"),
             Column("ratio", "mean of the loss"),
             *controls,
@@ -351,6 +355,8 @@ def _by_projection(comparisons: Sequence[Comparison]) -> Iterator[tuple[Comparis
 
 def _compared(c: Comparison) -> tuple[Value, ...]:
     one, two = c.first.role, c.second.role
+    if c.kind == "response":
+        return one.model, one.data or NOTHING, one.setting, one.response, two.response
     return one.model, one.data or NOTHING, one.response, one.setting, two.setting
 
 
