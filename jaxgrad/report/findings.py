@@ -25,6 +25,7 @@ from jaxgrad.report.verdicts import (
 
 # A p below which two responses count as told apart in a sentence; the tables have every p.
 _SMALL_P = 0.05
+_SINGULAR = {"stands": "stands", "not shown": "is not shown", "turns round": "turns round"}
 _PLURAL = {"stands": "stand", "not shown": "are not shown", "turns round": "turn round"}
 Outcome = Literal["stands", "falls", "unclear", "info"]
 
@@ -190,7 +191,7 @@ def _under_length(verdicts: Sequence[Verdicts]) -> str:
             continue
         counts = Counter(judged)
         said = ", ".join(
-            verdict if n == len(judged) else f"{verdict} in {n} of {len(judged)}"
+            _SINGULAR[verdict] + ("" if n == len(judged) else f" in {n} of {len(judged)}")
             for verdict, n in counts.items()
         )
         parts.append(f"it {said} {name}")
