@@ -7,6 +7,7 @@ the dependence round, matching keeps only the lengths that both sets have, and t
 extrapolation where they have none in common. Each says how far it reaches.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,6 +165,13 @@ class LengthRegression:
     overlap: float
     log_value: bool
     note: str | None
+
+    @property
+    def adjusted_ratio(self) -> Interval:
+        """exp(b) of `adjusted_P`, for `log_value`: a ratio; exp is monotone, so limits stay limits."""
+        log_P = self.adjusted_P
+        limits = {name: np.exp(getattr(log_P, name)) for name in ("estimate", "low", "high")}
+        return dataclasses.replace(log_P, **limits, bias=np.full_like(log_P.bias, np.nan))
 
 
 def length_regression(

@@ -329,7 +329,7 @@ def _ratios(one: Comparison) -> list[tuple[str, Interval | None, bool]]:
     by_sum = one.contrasts.get(SUM_LOSS)
     adjusted = None
     if one.regression is not None and np.isfinite(one.regression.adjusted_P.estimate).all():
-        adjusted = _exponential(one.regression.adjusted_P)
+        adjusted = one.regression.adjusted_ratio
     return [
         ("mean loss", one.contrasts[NORM].ratio_P, False),
         ("summed loss", None if by_sum is None else by_sum.ratio_P, False),
@@ -340,14 +340,6 @@ def _ratios(one: Comparison) -> list[tuple[str, Interval | None, bool]]:
         ),
         ("regression", adjusted, not regression_decides(one)),
     ]
-
-
-def _exponential(log_P: Interval) -> Interval:
-    """A logarithm of a ratio as the ratio: exp is monotone, so that its limits are limits."""
-    return Interval(
-        np.exp(log_P.estimate), np.exp(log_P.low), np.exp(log_P.high), np.full_like(log_P.bias, np.nan),
-        log_P.level, log_P.method, log_P.num_resamples, log_P.note,
-    )  # fmt: skip
 
 
 def _similarities(study: Study) -> Iterator[Plan]:

@@ -157,10 +157,10 @@ def _matched_and_adjusted(c: Comparison, verdicts: Sequence[Verdicts]) -> list[s
         )
     if c.regression is not None:
         overlap = written(c.regression.overlap, "percent")
-        adjusted = np.exp(c.regression.adjusted_P.estimate)
+        adjusted = _factors(c.regression.adjusted_ratio, projections)
         sentences.append(
             f"Length, by regression on its logarithm ({overlap} of the examples within the other set's "
-            f"lengths): the ratio is {_list(adjusted, projections)}: "
+            f"lengths): the ratio is {adjusted}: "
             + (
                 f"the contrast {_verdicts((v.regression for v in verdicts), projections)}."
                 if regression_decides(c)
@@ -186,7 +186,7 @@ def _under_length(verdicts: Sequence[Verdicts]) -> str:
         ("among examples matched on length", [v.matched for v in verdicts]),
         ("in the regression on length", [v.regression for v in verdicts]),
     ):
-        judged = [verdict for verdict in of if verdict not in ("no contrast", "not known")]
+        judged = _judged(of)
         if not judged:
             continue
         counts = Counter(judged)
@@ -268,7 +268,7 @@ def _response_setting(c: Comparison, found: Sequence[Verdicts]) -> str:
 
 def _left(verdicts: Sequence[Verdict]) -> str:
     """How many contrasts stand, are not shown, turn round."""
-    counts = Counter(v for v in verdicts if v not in ("no contrast", "not known"))
+    counts = Counter(_judged(verdicts))
     total = counts.total()
     if not total:
         return "none could be judged"
@@ -395,8 +395,13 @@ def _grouped(values: Sequence, projections: Sequence[str], words: Callable[..., 
     return ", ".join(parts)
 
 
+def _judged(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Those of a contrast that was there, under a control that could decide."""
+    return [verdict for verdict in verdicts if verdict not in ("no contrast", "not known")]
+
+
 def _outcome(verdicts: Sequence[Verdict]) -> Outcome:
-    made = [v for v in verdicts if v not in ("no contrast", "not known")]
+    made = _judged(verdicts)
     if not made:
         return "unclear"
     return "stands" if all(v == "stands" for v in made) else "falls"

@@ -212,9 +212,7 @@ def _length(study: Study, kind: Literal["setting", "response"]) -> Table:
         pairs = np.nan if c.match is None else len(c.match.pairs)
         adjusted, overlap = Number(np.nan), np.nan
         if c.regression is not None:
-            of = c.regression.adjusted_P
-            limits = np.exp([of.estimate[k], of.low[k], of.high[k]])
-            adjusted = Number(float(limits[0]), float(limits[1]), float(limits[2]))
+            adjusted = _each(c.regression.adjusted_ratio, 0)[k]
             overlap = c.regression.overlap
         fraction = _ratio(c.contrasts.get("effective_rank_fraction"), k)
         rows.append(
