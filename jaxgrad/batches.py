@@ -89,14 +89,17 @@ def bucket_length(length: int, max_length: int) -> int:
 
 
 def bucket_responses(n: int, num_tokens: int) -> int:
-    """Rounds a number of targets up to a power of two from 16, capped at `num_tokens`.
+    """Rounds a number of targets up to 16, or else to `num_tokens`.
+
+    More steps would only be more shapes to compile: of a longer response the loss leaves out what is
+    padding (`gradients.chunked_response_loss`).
 
     Raises:
         ValueError: Not 1 <= n <= num_tokens.
     """
     if not 1 <= n <= num_tokens:
         raise ValueError(f"{n} response positions are not in 1..{num_tokens}")
-    return min(max(_MIN_RESPONSES, 1 << (n - 1).bit_length()), num_tokens)
+    return min(_MIN_RESPONSES, num_tokens) if n <= _MIN_RESPONSES else num_tokens
 
 
 def shape_bound(max_length: int) -> int:

@@ -9,6 +9,7 @@ Everything here is for one example; batches are `jax.vmap`'s job (see `measure`)
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,13 @@ from flax import nnx
 from jaxgrad.dtypes import at_least_float32
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import PROJECTIONS, projections_of
+from jaxgrad.models.decoder import PROJECTIONS, Decoder, projections_of
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
+# Response positions whose logits are made at a time: enough rows for a product at full speed, few enough
+# for the logits of a large vocabulary to stay in a processor's cache (49152 x 64 x 4 bytes = 12 MB).
+CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +114,70 @@ class Factors(NamedTuple):
     output_grad_LTO: jax.Array
 
 
-def response_loss(logits_SV: jax.Array, example: ExampleArrays) -> jax.Array:
+def response_loss(
+    logits_SV: jax.Array, labels_S: jax.Array, weights_S: jax.Array
+) -> jax.Array:
     """Mean over response tokens of -log p(token given all before it), at least float32.
 
     `weights_S` holds 1 / (response tokens) at response positions and 0 at padding.
     """
     logits_SV = logits_SV.astype(at_least_float32(logits_SV.dtype))
-    nll_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV, example.labels_S)
-    return jnp.sum(nll_S * example.weights_S.astype(nll_S.dtype))
+    nll_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV, labels_S)
+    return jnp.sum(nll_S * weights_S.astype(nll_S.dtype))
+
+
+def chunked_response_loss(
+    head: Callable[[jax.Array], jax.Array], x_SD: jax.Array, example: ExampleArrays
+) -> jax.Array:
+    """`response_loss` of `head(x_SD)`, a chunk of positions at a time.
+
+    The logits of a long response are the largest array of the whole pass; here no more than
+    `CHUNK` rows of them exist, and chunks of nothing but padding are not computed at all. The
+    derivative by `x_SD` is taken in the same loop, so the logits are made once. The head's own weights
+    are constants to it.
+
+    Args:
+        head: rows [C, D] -> logits [C, V].
+        x_SD: what the head takes at `example.positions_S`.
+        example: its targets stand first, padding behind them.
+    """
+    num_positions = x_SD.shape[0]
+    padding = -num_positions % CHUNK
+    labels_S = jnp.pad(example.labels_S, (0, padding))
+    weights_S = jnp.pad(example.weights_S, (0, padding))
+    num_chunks = -(-jnp.sum(weights_S > 0, dtype=jnp.int32) // CHUNK)
+
+    def chunk_loss(x_CD: jax.Array, start: jax.Array) -> jax.Array:
+        labels_C, weights_C = (
+            jax.lax.dynamic_slice_in_dim(array, start, CHUNK) for array in (labels_S, weights_S)
+        )
+        return response_loss(head(x_CD), labels_C, weights_C)
+
+    def loss_and_grad(x_SD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        padded_SD = jnp.pad(x_SD, ((0, padding), (0, 0)))
+
+        def add_chunk(carry: Any) -> Any:
+            index, total, grad_SD = carry
+            start = index * CHUNK
+            x_CD = jax.lax.dynamic_slice_in_dim(padded_SD, start, CHUNK)
+            value, grad_CD = jax.value_and_grad(chunk_loss)(x_CD, start)
+            grad_SD = jax.lax.dynamic_update_slice_in_dim(grad_SD, grad_CD, start, 0)
+            return index + 1, total + value, grad_SD
+
+        zero = jnp.zeros((), at_least_float32(x_SD.dtype))
+        carry = (jnp.zeros((), jnp.int32), zero, jnp.zeros_like(padded_SD))
+        _, total, grad_SD = jax.lax.while_loop(lambda c: c[0] < num_chunks, add_chunk, carry)
+        return total, grad_SD[:num_positions]
+
+    @jax.custom_vjp
+    def loss(x_SD: jax.Array) -> jax.Array:
+        return loss_and_grad(x_SD)[0]
+
+    def backward(grad_SD: jax.Array, by_loss: jax.Array) -> tuple[jax.Array]:
+        return ((grad_SD * by_loss).astype(grad_SD.dtype),)
+
+    loss.defvjp(loss_and_grad, backward)
+    return loss(x_SD)
 
 
 def _at(state: nnx.State, path: tuple[str, ...]) -> jax.Array:
@@ -178,11 +238,19 @@ def example_gradients(
     chosen = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path in paths])
     rest = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path not in paths])
 
+    # Where the head's own gradient is wanted, its factors are those of all positions at once.
+    chunked = "lm_head" not in names and example.positions_S.shape[0] > CHUNK
+
+    def forward(model: Decoder) -> jax.Array:
+        x_SD = model.hidden(example.tokens_T, example.positions_S, _num_tokens(example))
+        if chunked:
+            return chunked_response_loss(model.logits, x_SD, example)
+        return response_loss(model.logits(x_SD), example.labels_S, example.weights_S)
+
     def loss(chosen: nnx.State, taps: nnx.State) -> tuple[jax.Array, nnx.State]:
         model = nnx.merge(graphdef, chosen, rest, copy=True)
-        run = nnx.capture(model, nnx.Intermediate, init=taps)
-        logits_SV, captured = run(example.tokens_T, example.positions_S, _num_tokens(example))
-        return response_loss(logits_SV, example), captured
+        run = nnx.capture(forward, nnx.Intermediate, init=taps)
+        return run(model)
 
     differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (value, captured), (by_weight, by_tap) = differentiate(chosen, taps)

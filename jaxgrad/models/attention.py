@@ -1,5 +1,7 @@
 """Attention without weights: which tokens are seen, how far they are turned, how they are mixed."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +11,11 @@ import numpy as np
 
 from jaxgrad.dtypes import at_least_float32
 from jaxgrad.models.config import DecoderConfig, Rope
+
+# Of the causal square of scores, n blocks of queries compute (n + 1) / 2n. More blocks are more programs
+# to compile, and smaller products.
+MAX_BLOCKS = 4
+MIN_BLOCK = 96
 
 
 class AttentionTables(NamedTuple):
@@ -110,27 +117,48 @@ def causal_attention(
 
     # Rematerialised: the scores are T x T a head and layer, which at T = 1024 is most of the memory
     # of a forward pass, and recomputing them costs a few percent.
-    @jax.checkpoint
-    def attend(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> jax.Array:
-        num_tokens, num_heads, head_size = q_TNH.shape
-        num_kv_heads = k_TKH.shape[1]
-        q_TKGH = q_TNH.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_size)
-        scores_KGTS = jnp.einsum("tkgh,skh->kgts", q_TKGH, k_TKH)
-        scores_KGTS = scores_KGTS.astype(at_least_float32(q_TNH.dtype)) * tables.scale
+    @functools.partial(jax.checkpoint, static_argnums=(3,))
+    def attend(q_QNH: jax.Array, k_SKH: jax.Array, v_SKH: jax.Array, first: int) -> jax.Array:
+        num_queries, num_heads, head_size = q_QNH.shape
+        num_seen, num_kv_heads = k_SKH.shape[:2]
+        groups = num_heads // num_kv_heads
+        # The queries that share a key head stand as rows of one matrix, so that no array of the scores'
+        # size is ever transposed.
+        q_KGQH = q_QNH.reshape(num_queries, num_kv_heads, groups, head_size).transpose(1, 2, 0, 3)
+        q_KRH = q_KGQH.reshape(num_kv_heads, groups * num_queries, head_size)
+        scores_KRS = jnp.einsum("krh,skh->krs", q_KRH, k_SKH)
+        scores_KGQS = scores_KRS.reshape(num_kv_heads, groups, num_queries, num_seen)
+        scores_KGQS = scores_KGQS.astype(at_least_float32(q_QNH.dtype)) * tables.scale
         if softcap is not None:
-            scores_KGTS = softcap * jnp.tanh(scores_KGTS / softcap)
-        visible_TS = _visible(num_tokens, tables.window)
-        scores_KGTS = jnp.where(visible_TS[None, None], scores_KGTS, -jnp.inf)
-        weights_KGTS = jax.nn.softmax(scores_KGTS, axis=-1).astype(q_TNH.dtype)
-        return jnp.einsum("kgts,skh->tkgh", weights_KGTS, v_TKH).reshape(q_TNH.shape)
+            scores_KGQS = softcap * jnp.tanh(scores_KGQS / softcap)
+        visible_QS = _visible(first, num_queries, num_seen, tables.window)
+        scores_KGQS = jnp.where(visible_QS[None, None], scores_KGQS, -jnp.inf)
+        weights_KGQS = jax.nn.softmax(scores_KGQS, axis=-1).astype(q_QNH.dtype)
+        weights_KRS = weights_KGQS.reshape(scores_KRS.shape)
+        mixed_KRH = jnp.einsum("krs,skh->krh", weights_KRS, v_SKH)
+        return mixed_KRH.reshape(q_KGQH.shape).transpose(2, 0, 1, 3).reshape(q_QNH.shape)
 
-    return attend(q_TNH, k_TKH, v_TKH)
+    # No query sees a later key, so a block of queries takes the keys up to its own end.
+    ends = _block_ends(q_TNH.shape[0])
+    blocks = [
+        attend(q_TNH[begin:end], k_TKH[:end], v_TKH[:end], begin)
+        for begin, end in itertools.pairwise([0, *ends])
+    ]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks)
 
 
-def _visible(num_tokens: int, window: jax.Array | int | None) -> np.ndarray | jax.Array:
-    """Which positions S each position T sees, bool [T, S]."""
-    position = np.arange(num_tokens, dtype=np.int32)
-    distance_TS = position[:, None] - position[None, :]
+def _block_ends(num_tokens: int) -> list[int]:
+    """Where each block of queries ends: at most four blocks, of at least 96 tokens."""
+    num_blocks = max(1, min(MAX_BLOCKS, num_tokens // MIN_BLOCK))
+    return [num_tokens * (block + 1) // num_blocks for block in range(num_blocks)]
+
+
+def _visible(
+    first: int, num_queries: int, num_seen: int, window: jax.Array | int | None
+) -> np.ndarray | jax.Array:
+    """Which keys S each query Q (the first at position `first`) sees, bool [Q, S]."""
+    query = np.arange(first, first + num_queries, dtype=np.int32)
+    distance_QS = query[:, None] - np.arange(num_seen, dtype=np.int32)[None, :]
     if window is None:
-        return distance_TS >= 0
-    return (distance_TS >= 0) & (distance_TS < window)
+        return distance_QS >= 0
+    return (distance_QS >= 0) & (distance_QS < window)

@@ -221,11 +221,17 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_T: jax.Array, positions_S: jax.Array, num_tokens: jax.Array | None = None
     ) -> jax.Array:
-        """Logits [S, V] of the next token after each of `positions_S`.
+        """Logits [S, V] of the next token after each of `positions_S`; see `hidden`."""
+        return self.logits(self.hidden(tokens_T, positions_S, num_tokens))
+
+    def hidden(
+        self, tokens_T: jax.Array, positions_S: jax.Array, num_tokens: jax.Array | None = None
+    ) -> jax.Array:
+        """What the head takes, [S, D]: the normed stream at `positions_S`.
 
         Args:
             tokens_T: token ids, int32. Padding stands on the right, where no position sees it.
-            positions_S: the positions whose logits are wanted, int32; the head runs on no other.
+            positions_S: the positions whose logits are wanted, int32.
             num_tokens: tokens without the padding, an int32 scalar; None for T. Read only where
                 the rope depends on it (`Rope.depends_on_length`).
         """
@@ -241,7 +247,11 @@ class Decoder(nnx.Module):
             out_axes=nnx.Carry,
         )
         x_TD = scan(self.layers, per_layer, x_TD)
-        x_SD = self.final_norm(x_TD[positions_S])
+        return self.final_norm(x_TD[positions_S])
+
+    def logits(self, x_SD: jax.Array) -> jax.Array:
+        """Logits [S, V] from `hidden`'s rows, any number of them."""
+        config = self.config
         if self.lm_head is None:
             logits_SV = jnp.einsum("sd,vd->sv", x_SD, self.embedding[...])
         else:
@@ -249,7 +259,7 @@ class Decoder(nnx.Module):
             logits_SV = self.lm_head(x_SD)
         logits_SV = _scaled(logits_SV, config.logit_scale)
         if config.logit_softcap is not None:
-            logits_SV = logits_SV.astype(dtype)
+            logits_SV = logits_SV.astype(at_least_float32(logits_SV.dtype))
             logits_SV = config.logit_softcap * jnp.tanh(logits_SV / config.logit_softcap)
         return logits_SV
 
