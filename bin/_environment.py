@@ -18,4 +18,16 @@ def use_project_environment() -> None:
     sys.exit("error: jaxgrad is not installed here: run bin/demo once, or `pip install .`")
 
 
+def use_huge_pages() -> None:
+    """Go on with glibc's allocator on huge pages, which it reads at the start of a process alone.
+
+    XLA takes new memory for every batch and reads all weights twice: with pages of 4 KB a fifth of the
+    time of a short example goes into page faults and look-ups (BUILD_NOTES.md). Other systems ignore it.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 use_project_environment()
+use_huge_pages()

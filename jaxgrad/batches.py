@@ -9,6 +9,7 @@ Dimensions: B examples, T tokens, S response positions (targets) of one example.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,11 @@ from jaxgrad.errors import UserError
 from jaxgrad.tokens import TokenizedExample
 
 _MIN_LENGTH = 32
-_STEPS_PER_OCTAVE = 4
+_STEPS_PER_OCTAVE = 8
 _MIN_RESPONSES = 16
+# Programs that one data file may need. XLA takes seconds for each, so a long tail of rare lengths is
+# padded further rather than compiled for.
+MAX_SHAPES = 12
 
 
 @dataclass(frozen=True, order=True)
@@ -71,9 +75,9 @@ class BatchArrays:
 
 
 def bucket_length(length: int, max_length: int) -> int:
-    """Rounds a token count up to the grid 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
+    """Rounds a token count up to the grid 32, 36, 40, ... 64, 72, 80, ... 128, 144, ...
 
-    Four steps an octave waste less than a fifth of a row from 32 tokens on. `max_length` caps the
+    Eight steps an octave waste less than a ninth of a row from 32 tokens on. `max_length` caps the
     grid and belongs to it.
 
     Raises:
@@ -102,53 +106,104 @@ def bucket_responses(n: int, num_tokens: int) -> int:
     return min(_MIN_RESPONSES, num_tokens) if n <= _MIN_RESPONSES else num_tokens
 
 
-def shape_bound(max_length: int) -> int:
-    """How many (T, S) shapes there can be at most, whatever the data; B follows from T."""
-    bound = 0
-    length = 0
-    while length < max_length:
-        length = bucket_length(length + 1, max_length)
-        # Token 0 is never a target, so a row of T tokens has at most T - 1.
-        bound += len({bucket_responses(n, length) for n in range(1, length)})
-    return bound
+class RowShape(NamedTuple):
+    """The padded sizes of one row of a batch; the number of rows follows from `num_tokens`."""
+
+    num_tokens: int
+    num_responses: int
+
+    @classmethod
+    def of(cls, item: TokenizedExample, max_length: int) -> "RowShape":
+        """The grid's shape for an example."""
+        num_tokens = bucket_length(item.num_tokens, max_length)
+        return cls(num_tokens, bucket_responses(item.num_response_tokens, num_tokens))
+
+    def holds(self, other: "RowShape") -> bool:
+        """Whether a row of the other shape fits."""
+        return self.num_tokens >= other.num_tokens and self.num_responses >= other.num_responses
+
+
+def choose_row_shapes(
+    tokenized: Sequence[TokenizedExample], *, max_length: int, limit: int = MAX_SHAPES
+) -> list[RowShape]:
+    """The row shapes of a data file: at most `limit`, of the grid.
+
+    While there are too many, the one goes whose examples cost the fewest padded tokens in the next
+    larger shape that holds them.
+
+    Args:
+        tokenized: All examples of the file; those that cannot be measured do not count.
+        max_length: The protocol's.
+        limit: At least 1.
+
+    Returns:
+        Descending. Every measurable example fits the first.
+    """
+    rows = Counter(RowShape.of(item, max_length) for item in tokenized if item.measurable)
+    if not rows:
+        return []
+    # One shape has to hold all; without it a file of short and long responses might have none.
+    rows[RowShape(*(max(sizes) for sizes in zip(*rows, strict=True)))] += 0
+    while len(rows) > limit:
+        moves = []
+        for shape, count in rows.items():
+            larger = [other for other in rows if other != shape and other.holds(shape)]
+            if larger:
+                target = min(larger)
+                moves.append((count * (sum(target) - sum(shape)), shape, target))
+        _, shape, target = min(moves)
+        rows[target] += rows.pop(shape)
+    return sorted((shape for shape, count in rows.items() if count), reverse=True)
 
 
 def plan_batches(
-    tokenized: Sequence[TokenizedExample], *, batch_tokens: int, max_length: int
+    tokenized: Sequence[TokenizedExample],
+    *,
+    batch_tokens: int,
+    max_length: int,
+    row_shapes: Sequence[RowShape] | None = None,
 ) -> list[Batch]:
-    """Sorts the measurable examples into batches.
+    """Sorts the measurable examples into batches of one shape each.
 
-    Examples of one (T, S) bucket share batches, in their original order. Every batch of a T holds
-    B = max(1, batch_tokens // T) rows, the last one of a bucket too: a smaller B would be one more
-    shape. The plan depends on the arguments alone.
+    Examples are taken from the longest row shape to the shortest, and a batch is filled to the token
+    budget: rows that the longest shape leaves free are filled from the next one, so only the last batch
+    has empty rows. Short responses (see `bucket_responses`) and long ones do not mix. Every batch of a
+    T holds B = max(1, batch_tokens // T) rows: a smaller B would be one more shape. The plan
+    depends on the arguments alone.
 
     Args:
-        tokenized: All examples; those that cannot be measured are left out.
+        tokenized: The examples; those that cannot be measured are left out.
         batch_tokens: Tokens of a batch, padding included. One row may exceed it.
         max_length: The protocol's.
+        row_shapes: From `choose_row_shapes`, of these examples or of more; not given: of these.
 
     Returns:
         The batches, largest T first, then largest S: what exceeds the memory fails at once.
 
     Raises:
         UserError: batch_tokens < 1.
-        ValueError: An example is longer than max_length.
+        ValueError: An example is longer than max_length, or fits no row shape.
     """
     if batch_tokens < 1:
         raise UserError(f"--batch_tokens={batch_tokens} holds no example; give 1 or more")
-    groups: dict[tuple[int, int], list[int]] = {}
+    if row_shapes is None:
+        row_shapes = choose_row_shapes(tokenized, max_length=max_length)
+    queues: dict[bool, list[tuple[RowShape, int]]] = {}
     for position, item in enumerate(tokenized):
         if item.measurable:
-            num_tokens = bucket_length(item.num_tokens, max_length)
-            num_responses = bucket_responses(item.num_response_tokens, num_tokens)
-            groups.setdefault((num_tokens, num_responses), []).append(position)
+            own = RowShape.of(item, max_length)
+            row = min(shape for shape in row_shapes if shape.holds(own))
+            queues.setdefault(row.num_responses <= _MIN_RESPONSES, []).append((row, position))
     batches = []
-    for (num_tokens, num_responses), members in sorted(groups.items(), reverse=True):
-        num_examples = max(1, batch_tokens // num_tokens)
-        shape = BatchShape(num_examples, num_tokens, num_responses)
-        for begin in range(0, len(members), num_examples):
-            batches.append(Batch(shape, tuple(members[begin : begin + num_examples])))
-    return batches
+    for queue in queues.values():
+        queue.sort(key=lambda entry: (-entry[0].num_tokens, entry[1]))
+        while queue:
+            row = queue[0][0]
+            num_examples = max(1, batch_tokens // row.num_tokens)
+            members = tuple(sorted(position for _, position in queue[:num_examples]))
+            del queue[:num_examples]
+            batches.append(Batch(BatchShape(num_examples, *row), members))
+    return sorted(batches, key=lambda b: (-b.shape.num_tokens, -b.shape.num_responses, b.members))
 
 
 def count_shapes(batches: Iterable[Batch]) -> dict[BatchShape, int]:

@@ -252,7 +252,7 @@ def define_compute_flags() -> FlagGroup:
     flags.DEFINE_integer(
         "batch_tokens",
         None,
-        "Padded tokens of a batch. Not given: one example at a time on a CPU, 8192 elsewhere.",
+        "Padded tokens of a batch. Not given: 512 on a CPU, 8192 elsewhere.",
         lower_bound=1,
     )
     flags.DEFINE_enum(

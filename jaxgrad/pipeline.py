@@ -7,17 +7,26 @@ interrupted run, and is what `bin/analyze` calls.
 import dataclasses
 import datetime
 import functools
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from jaxgrad.batches import Batch, batch_arrays, count_shapes, plan_batches, shape_bound
+from jaxgrad.batches import (
+    MAX_SHAPES,
+    Batch,
+    batch_arrays,
+    choose_row_shapes,
+    count_shapes,
+    plan_batches,
+)
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
 from jaxgrad.models import Checkpoint, DecoderConfig, LoadedModel, open_checkpoint
-from jaxgrad.options import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions, batches_in_flight
 from jaxgrad.program import Programs
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.rows import example_results, skipped_result
@@ -92,8 +101,8 @@ def analyze(
     programs = Programs(model.config, model.dtype, options.settings_for(model.config))
     for window in _windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
-        for batch in window.batches:
-            yield from _measure(programs, model, window, batch)
+        for _, results in _measured(programs, model, [(window, b) for b in window.batches]):
+            yield from results
 
 
 class Session:
@@ -155,7 +164,7 @@ class Session:
             f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
             f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
             f"{'chat template' if chat else 'plain text'}; "
-            f"{len(shapes)} batch shapes (bound {shape_bound(options.max_length)})"
+            f"{len(shapes)} batch shapes (at most {MAX_SHAPES})"
         )
         identity = job.identity | {
             "model": {
@@ -310,24 +319,57 @@ def _run_windows(
         disable=not progress,
         dynamic_ncols=True,
     )
+    left = [(w, b, batch) for w, b, batch in plan if (w, b) not in done]
+    # Before the first batch that is left: windows of which only the end is missing.
+    open_batches = Counter(w for w, _, _ in left)
     with bar:
         for w, window in enumerate(windows):
-            for b, batch in enumerate(window.batches):
-                if (w, b) in done:
-                    continue
-                store.write_batch(w, b, _measure(programs, model, window, batch))
-                bar.update(len(batch.members))
-            skipped = [skipped_result(item) for item in window.tokenized if not item.measurable]
-            store.finish_window(w, skipped, num_examples=len(window.tokenized))
+            if not open_batches[w]:
+                _finish_window(store, w, window)
+        measured = _measured(programs, model, [(windows[w], batch) for w, _, batch in left])
+        for (w, b, batch), (_, results) in zip(left, measured, strict=True):
+            store.write_batch(w, b, results)
+            bar.update(len(batch.members))
+            open_batches[w] -= 1
+            if not open_batches[w]:
+                _finish_window(store, w, windows[w])
 
 
-def _measure(
-    programs: Programs, model: LoadedModel, window: _Window, batch: Batch
-) -> list[ExampleResult]:
-    arrays = batch_arrays(batch, window.tokenized)
-    loss_B, statistics = programs.measure(model.state, batch.shape, arrays)
-    members = [window.tokenized[member] for member in batch.members]
-    return example_results(members, loss_B, statistics, programs.selection, model.config)
+def _finish_window(store: RunDirectory, w: int, window: _Window) -> None:
+    skipped = [skipped_result(item) for item in window.tokenized if not item.measurable]
+    store.finish_window(w, skipped, num_examples=len(window.tokenized))
+
+
+def _measured(
+    programs: Programs, model: LoadedModel, plan: Sequence[tuple[_Window, Batch]]
+) -> Iterator[tuple[Batch, list[ExampleResult]]]:
+    """The results of each batch in the order of the plan, with the next ones under way.
+
+    While the caller writes a batch's results, the device works on; on a CPU two batches are in flight,
+    because single-threaded LAPACK calls of one leave a core to the other's matrix products.
+    """
+
+    def measure(window: _Window, batch: Batch) -> list[ExampleResult]:
+        arrays = batch_arrays(batch, window.tokenized)
+        loss_B, statistics = programs.measure(model.state, batch.shape, arrays)
+        members = [window.tokenized[member] for member in batch.members]
+        return example_results(members, loss_B, statistics, programs.selection, model.config)
+
+    pool = ThreadPoolExecutor(max_workers=batches_in_flight())
+    try:
+        pending: deque[tuple[Batch, Future[list[ExampleResult]]]] = deque()
+        for window, batch in plan:
+            pending.append((batch, pool.submit(measure, window, batch)))
+            # One more than run, so that a thread that is done finds its next batch.
+            if len(pending) > batches_in_flight():
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        # Ctrl-C does not wait for what is still in flight.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _tokenize(
@@ -352,10 +394,14 @@ def _tokenize(
 
 def _windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[_Window]:
     windows = []
+    row_shapes = choose_row_shapes(tokenized, max_length=options.max_length)
     for begin in range(0, len(tokenized), WINDOW):
         part = tokenized[begin : begin + WINDOW]
         batches = plan_batches(
-            part, batch_tokens=options.tokens_of_a_batch, max_length=options.max_length
+            part,
+            batch_tokens=options.tokens_of_a_batch,
+            max_length=options.max_length,
+            row_shapes=row_shapes,
         )
         windows.append(_Window(part, batches))
     return windows

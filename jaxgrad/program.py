@@ -4,8 +4,10 @@ XLA compiles for fixed shapes, and a compilation that nobody sees is the commone
 programs are compiled ahead of time, by name, and a run prints how many there were.
 """
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,6 +47,30 @@ class CompileTally(NamedTuple):
     seconds: float
 
 
+_blas_lock = threading.Lock()
+_blas_users: list[Any] = []
+
+
+@contextlib.contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """While any thread is inside, OpenBLAS runs on the thread that calls it.
+
+    jaxlib takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning and fight with XLA's
+    for the cores (T = 256 on two busy cores: 20 s an example instead of 3). The limit is the process's,
+    so the last one to leave lifts it.
+    """
+    with _blas_lock:
+        limit = None if _blas_users else ThreadpoolController().limit(limits=1, user_api="blas")
+        _blas_users.append(limit or _blas_users[0])
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            limit = _blas_users.pop()
+            if not _blas_users:
+                limit.restore_original_limits()
+
+
 class Programs:
     """`measure_batch` compiled for each batch shape of a run.
 
@@ -57,9 +83,7 @@ class Programs:
         with jax.enable_x64(True):
             self._graphdef, self._state = abstract_decoder(config, DTYPES[dtype])
         self._compiled: dict[BatchShape, Callable[..., Any]] = {}
-        # jaxlib takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning and fight with
-        # XLA's for the cores (T = 256 on two busy cores: 20 s an example instead of 3).
-        self._blas = ThreadpoolController()
+        self._compile_lock = threading.Lock()
         self._compile_seconds = 0.0
 
     @property
@@ -78,22 +102,28 @@ class Programs:
         return CompileTally(now.shapes - before.shapes, now.seconds - before.seconds)
 
     def compiled(self, shape: BatchShape) -> Any:
-        """The program for a batch shape, compiled at its first use."""
+        """The program for a batch shape, compiled at its first use, from any thread."""
         if shape not in self._compiled:
-            started = time.perf_counter()
-            B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
-            shapes: list[Any] = [  # in the order of ExampleArrays
-                jax.ShapeDtypeStruct((B, T), np.int32),
-                jax.ShapeDtypeStruct((B, S), np.int32),
-                jax.ShapeDtypeStruct((B, S), np.int32),
-                jax.ShapeDtypeStruct((B, S), np.float64),
-            ]
-            batch = ExampleArrays(*shapes)
-            with jax.enable_x64(True):
-                lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
-                self._compiled[shape] = lowered.compile()
-            self._compile_seconds += time.perf_counter() - started
+            with self._compile_lock:
+                if shape not in self._compiled:
+                    self._compile(shape)
         return self._compiled[shape]
+
+    def _compile(self, shape: BatchShape) -> None:
+        started = time.perf_counter()
+        B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
+        shapes: list[Any] = [  # in the order of ExampleArrays
+            jax.ShapeDtypeStruct((B, T), np.int32),
+            jax.ShapeDtypeStruct((B, S), np.int32),
+            jax.ShapeDtypeStruct((B, S), np.int32),
+            jax.ShapeDtypeStruct((B, S), np.float64),
+        ]
+        batch = ExampleArrays(*shapes)
+        with jax.enable_x64(True):
+            lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
+            program = lowered.compile()
+        self._compile_seconds += time.perf_counter() - started
+        self._compiled[shape] = program
 
     def memory(self, shape: BatchShape) -> MemoryPlan:
         """What the program for `shape` needs; compiles it."""
@@ -106,9 +136,9 @@ class Programs:
     def measure(
         self, state: nnx.State, shape: BatchShape, arrays: BatchArrays
     ) -> tuple[np.ndarray, dict[str, Statistics]]:
-        """Losses [B] and statistics [B, L, ...] of one batch, as NumPy arrays."""
+        """Losses [B] and statistics [B, L, ...] of one batch, as NumPy arrays; from any thread."""
         program = self.compiled(shape)
-        with jax.enable_x64(True), self._blas.limit(limits=1, user_api="blas"):
+        with jax.enable_x64(True), _single_threaded_blas():
             batch = to_example_arrays(
                 arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
             )

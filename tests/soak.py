@@ -4,6 +4,7 @@ Usage: soak.py [number of batches]
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ SHAPES = [
     BatchShape(2, 40, 16),
     BatchShape(2, 80, 32),
     BatchShape(1, 112, 64),
-    BatchShape(1, 160, 64),
+    BatchShape(1, 160, 160),
 ]
 
 
@@ -49,15 +50,17 @@ def main(num_batches: int) -> None:
     )
     settings = MeasureSettings(select_parameters(CONFIG, "all"))
     programs = Programs(CONFIG, "float32", settings)
-    for index in range(num_batches):
+
+    def measure(index: int) -> None:
+        rng = np.random.default_rng(index)
         shape = SHAPES[rng.integers(len(SHAPES))]
         B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
-        used = rng.integers(1, S + 1)
+        used = rng.integers(1, S)
         weights_BS = np.zeros((B, S), np.float64)
         weights_BS[:, :used] = 1 / used
         arrays = BatchArrays(
             rng.integers(0, CONFIG.vocab_size, (B, T), np.int32),
-            np.tile(np.arange(T - S - 1, T - 1, dtype=np.int32), (B, 1)),
+            np.tile(np.arange(S, dtype=np.int32) + max(T - S - 1, 0), (B, 1)),
             rng.integers(0, CONFIG.vocab_size, (B, S), np.int32),
             weights_BS,
         )
@@ -65,8 +68,12 @@ def main(num_batches: int) -> None:
         norms = [values.nuclear_norm for values in statistics.values()]
         assert np.isfinite(loss_B).all() and all(np.isfinite(norm).all() for norm in norms)
         assert all((norm > 0).all() for norm in norms)
-        if index % 50 == 49:
-            print(f"{index + 1} batches", flush=True)
+
+    # Two in flight, as a run has them.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for index, _ in enumerate(pool.map(measure, range(num_batches))):
+            if index % 50 == 49:
+                print(f"{index + 1} batches", flush=True)
     print(f"done {num_batches} batches, {programs.tally.shapes} shapes")
 
 

@@ -31,17 +31,31 @@ def make_programs():
     return program.Programs(CONFIG, "float32", MeasureSettings(select_parameters(CONFIG, "q_proj")))
 
 
+def blas_threads():
+    """Threads of each OpenBLAS in the process, by file."""
+    entries = [entry for entry in threadpool_info() if entry["user_api"] == "blas"]
+    return {entry["filepath"]: entry["num_threads"] for entry in entries}
+
+
 def test_lapack_of_scipy_runs_on_one_thread_inside_a_measurement():
-    programs = make_programs()
     assert scipy.linalg is not None
-    with programs._blas.limit(limits=1, user_api="blas"):
-        threads = {
-            entry["filepath"]: entry["num_threads"]
-            for entry in threadpool_info()
-            if entry["user_api"] == "blas"
-        }
+    before = blas_threads()
+    with program._single_threaded_blas():
+        threads = blas_threads()
     assert any("scipy" in path for path in threads), threads
     assert set(threads.values()) == {1}
+    assert blas_threads() == before
+
+
+def test_the_limit_holds_until_the_last_of_two_threads_has_left():
+    before = blas_threads()
+    first, second = program._single_threaded_blas(), program._single_threaded_blas()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(blas_threads().values()) == {1}
+    second.__exit__(None, None, None)
+    assert blas_threads() == before
 
 
 def test_a_shape_is_compiled_once_and_counted():
