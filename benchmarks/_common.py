@@ -208,6 +208,8 @@ def print_json(benchmark: str, **content: Any) -> None:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    if "torch" in sys.modules:
+        content["torch_threads"] = sys.modules["torch"].get_num_threads()
     line = {
         "benchmark": benchmark,
         "commit": commit(),
