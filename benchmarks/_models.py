@@ -103,6 +103,14 @@ class Case:
     num_tokens: int | None
 
 
+def options_for(model: Any) -> Any:
+    """`AnalyzeOptions`: the defaults, as far as the model has positions."""
+    from jaxgrad.options import AnalyzeOptions
+
+    longest = min(AnalyzeOptions().max_length, model.config.max_positions)
+    return AnalyzeOptions(dtype=model.dtype, max_length=longest)
+
+
 def cases(*, with_torch: bool) -> Iterator[Case]:
     """What the flags of records and shapes ask for, one model at a time.
 
