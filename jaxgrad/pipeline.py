@@ -80,7 +80,11 @@ class _Window:
 
 
 def analyze(
-    model: LoadedModel, examples: Sequence[Example], options: AnalyzeOptions = AnalyzeOptions()
+    model: LoadedModel,
+    examples: Sequence[Example],
+    options: AnalyzeOptions = AnalyzeOptions(),
+    *,
+    programs: Programs | None = None,
 ) -> Iterator[ExampleResult]:
     """Measure examples one batch after the other.
 
@@ -88,6 +92,8 @@ def analyze(
         model: from `load_model`; its dtype is the one computed in (`options.dtype` is not read).
         examples: from `read_examples`.
         options: see `AnalyzeOptions`.
+        programs: from `programs_for` the same model and options, so that several calls compile each
+            shape once; None compiles them anew.
 
     Yields:
         One result an example, as batches finish: sorted by length, not by index. Examples that cannot
@@ -98,11 +104,20 @@ def analyze(
     """
     options = dataclasses.replace(options, dtype=model.dtype)
     tokenized = _tokenize(model.tokenizer, model.config, examples, options)
-    programs = Programs(model.config, model.dtype, options.settings_for(model.config))
+    programs = programs or programs_for(model, options)
     for window in _windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
         for _, results in _measured(programs, model, [(window, b) for b in window.batches]):
             yield from results
+
+
+def programs_for(model: LoadedModel, options: AnalyzeOptions) -> Programs:
+    """The programs of a loaded model, none of them compiled yet.
+
+    Raises:
+        UserError: `options.parameters` selects none of the model's weights.
+    """
+    return Programs(model.config, model.dtype, options.settings_for(model.config))
 
 
 class Session:

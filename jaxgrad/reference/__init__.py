@@ -13,6 +13,8 @@ from jaxgrad.reference.compare import (
     default_tolerances,
 )
 from jaxgrad.reference.torch_procedure import (
+    backward,
+    differentiate_by,
     encode_example,
     load_torch_model,
     measure_in_torch,
@@ -21,9 +23,11 @@ from jaxgrad.reference.torch_procedure import (
 __all__ = [
     "Comparison",
     "Difference",
+    "backward",
     "compare_results",
     "compare_with_torch",
     "default_tolerances",
+    "differentiate_by",
     "encode_example",
     "load_torch_model",
     "measure_in_torch",

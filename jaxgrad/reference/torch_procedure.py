@@ -9,7 +9,8 @@ One thing is better than the authors had it: the cross entropy is taken in float
 float32 kernel on the CPU sums exp(logit) over the vocabulary with a bias, which at 49152 tokens
 lowers the loss by 5e-6 of its value and moves a sigma_1 by up to 2e-4, ten times more than all
 other rounding (SmolLM2-135M, AQuA, against the model in float64). It would hide errors of ours.
-`wide_loss=False` takes it as the authors had it.
+`wide_loss=False` takes it as the authors had it. And the singular values come without vectors, where the
+authors' call takes both full sets of them for nothing; `decomposition="svd"` takes them, too.
 """
 
 import contextlib
@@ -41,6 +42,8 @@ except ModuleNotFoundError as error:
     raise UserError(f"the comparison needs PyTorch, which is not installed: {INSTALL}") from error
 
 from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402 - needs torch
+
+Decomposition = Literal["svdvals", "svd"]
 
 IGNORED_LABEL = -100  # PyTorch's cross entropy leaves these out of its mean
 UNDEFINED_BELOW = 1e-12  # a nuclear norm below has no effective rank
@@ -223,15 +226,17 @@ def measure_in_torch(
     options: AnalyzeOptions,
     *,
     wide_loss: bool = True,
+    decomposition: Decomposition = "svdvals",
 ) -> Iterator[ExampleResult]:
     """The authors' loop.
 
     Args:
-        model: from `load_torch_model`; its dtype is the one computed in.
+        model: from `load_torch_model`; its dtype and device are those computed in.
         tokenizer: a `transformers` tokenizer.
         examples: from `read_examples`.
         options: protocol, chat, max_length, parameters, spectrum and extremes are read.
         wide_loss: whether the cross entropy is taken in float64 (see the module's docstring).
+        decomposition: "svdvals", or "svd" as the authors called it, with its defaults.
 
     Yields:
         One result an example, in order, with the columns of `jaxgrad.results.schema` but for those
@@ -241,26 +246,34 @@ def measure_in_torch(
     Raises:
         UserError: an example that cannot be encoded.
     """
-    weights = select_weights(model, options.parameters)
-    model.requires_grad_(False)
-    for weight in weights:
-        weight.parameter.requires_grad_(True)
+    weights = differentiate_by(model, options.parameters)
     for example in examples:
         encoding = encode_example(example, tokenizer, options)
         if encoding.reason is not None:
             yield _result(example, encoding, "skipped", encoding.reason, None, {})
             continue
-        loss = _backward(model, encoding, wide_loss)
+        loss = backward(model, encoding, wide_loss=wide_loss)
         finite = [bool(torch.isfinite(weight.gradient()).all()) for weight in weights]
         if math.isfinite(loss) and all(finite):
-            yield _result(example, encoding, "ok", None, loss, _describe(weights, options))
+            described = _describe(weights, options, decomposition)
+            yield _result(example, encoding, "ok", None, loss, described)
         else:  # an SVD of NaN is an error in PyTorch
             reason = f"loss is {loss}, {finite.count(False)} gradients are not finite"
             yield _result(example, encoding, "non_finite", reason, None, {})
 
 
-def _backward(model: Any, encoding: Encoding, wide_loss: bool) -> float:
-    input_ids = torch.tensor([encoding.token_ids])
+def differentiate_by(model: Any, parameters: str) -> list[Weight]:
+    """The weights that `parameters` names, which alone will get gradients."""
+    weights = select_weights(model, parameters)
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.parameter.requires_grad_(True)
+    return weights
+
+
+def backward(model: Any, encoding: Encoding, *, wide_loss: bool = True) -> float:
+    """Forward and backward of one example: its loss, and gradients where `differentiate_by` wants them."""
+    input_ids = torch.tensor([encoding.token_ids], device=model.device)
     labels = input_ids.clone()
     labels[:, : encoding.num_prompt_tokens] = IGNORED_LABEL
     is_double = model.dtype == torch.float64
@@ -276,7 +289,9 @@ def _backward(model: Any, encoding: Encoding, wide_loss: bool) -> float:
     return loss.item()
 
 
-def _describe(weights: list[Weight], options: AnalyzeOptions) -> dict[str, list]:
+def _describe(
+    weights: list[Weight], options: AnalyzeOptions, decomposition: Decomposition
+) -> dict[str, list]:
     columns: dict[str, list] = {}
     for weight in weights:
         gradient = weight.gradient()
@@ -285,16 +300,24 @@ def _describe(weights: list[Weight], options: AnalyzeOptions) -> dict[str, list]
             "projection": weight.projection,
             "rows": gradient.shape[0],
             "cols": gradient.shape[1],
-            **_statistics(gradient, options),
+            **_statistics(gradient, options, decomposition),
         }
         for column, value in row.items():
             columns.setdefault(column, []).append(value)
     return columns
 
 
-def _statistics(gradient: torch.Tensor, options: AnalyzeOptions) -> dict[str, Any]:
+def _statistics(
+    gradient: torch.Tensor, options: AnalyzeOptions, decomposition: Decomposition
+) -> dict[str, Any]:
     # The SVD in the model's dtype; the sums over its values in float64, so that they add no error.
-    sigma = torch.linalg.svdvals(gradient).numpy().astype(np.float64)
+    if gradient.dtype == torch.bfloat16:  # which has no SVD
+        gradient = gradient.to(torch.float32)
+    if decomposition == "svd":
+        values = torch.linalg.svd(gradient).S
+    else:
+        values = torch.linalg.svdvals(gradient)
+    sigma = values.cpu().numpy().astype(np.float64)
     entries = gradient.double()
     nuclear = float(sigma.sum())
     share = sigma[sigma > 0] / nuclear if nuclear else sigma[:0]
