@@ -114,9 +114,7 @@ class Factors(NamedTuple):
     output_grad_LTO: jax.Array
 
 
-def response_loss(
-    logits_SV: jax.Array, labels_S: jax.Array, weights_S: jax.Array
-) -> jax.Array:
+def response_loss(logits_SV: jax.Array, labels_S: jax.Array, weights_S: jax.Array) -> jax.Array:
     """Mean over response tokens of -log p(token given all before it), at least float32.
 
     `weights_S` holds 1 / (response tokens) at response positions and 0 at padding.

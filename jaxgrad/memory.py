@@ -322,6 +322,7 @@ def choose_batch_tokens(
     *,
     default: int,
     at_hand: int | None,
+    fixed: bool = False,
 ) -> BatchChoice:
     """The default, halved until every batch fits in 90 % of the memory at hand, or is one example.
 
@@ -332,6 +333,7 @@ def choose_batch_tokens(
         sizes: padded (T, S) of the examples.
         default: tokens of a batch with memory enough.
         at_hand: from `memory_at_hand`; None takes the default.
+        fixed: take the default, and only say what it needs.
     """
     sizes = set(sizes)
 
@@ -342,7 +344,7 @@ def choose_batch_tokens(
 
     tokens, smallest = default, min((T for T, _ in sizes), default=1)
     need = needed(tokens)
-    while at_hand is not None and need > USABLE * at_hand and tokens >= 2 * smallest:
+    while not fixed and at_hand is not None and need > USABLE * at_hand and tokens >= 2 * smallest:
         tokens //= 2
         need = needed(tokens)
     return BatchChoice(tokens, default, need, at_hand)

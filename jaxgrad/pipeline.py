@@ -5,9 +5,8 @@ interrupted run, and is what `bin/analyze` calls.
 """
 
 import dataclasses
-import datetime
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,21 +15,32 @@ from tqdm import tqdm
 from jaxgrad.batches import Batch, batch_arrays, count_shapes, plan_batches, shape_bound
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
-from jaxgrad.models import Checkpoint, DecoderConfig, LoadedModel, open_checkpoint
+from jaxgrad.memory import largest_shape, predict_disk
+from jaxgrad.models import Checkpoint, LoadedModel, open_checkpoint
 from jaxgrad.options import AnalyzeOptions
+from jaxgrad.planning import (
+    date_for,
+    fit_batches,
+    recorded_batch_tokens,
+    recorded_date,
+    tokenize_examples,
+)
 from jaxgrad.program import Programs
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.rows import example_results, skipped_result
 from jaxgrad.results.store import load_run
 from jaxgrad.run_info import (
     count_results,
+    halved_line,
     memory_line,
+    memory_warnings,
     model_line,
     resident_bytes,
     session_info,
+    sizes_on_disk,
     summary_lines,
 )
-from jaxgrad.tokens import TokenizedExample, read_date, tokenize_all, tokens_digest, uses_chat
+from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
 # less; fewer would show results sooner.
@@ -63,7 +73,7 @@ class RunSummary:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
+class Window:
     """Consecutive examples, and the batches of those that can be measured."""
 
     tokenized: Sequence[TokenizedExample]
@@ -88,9 +98,10 @@ def analyze(
         UserError: an option that does not fit the model.
     """
     options = dataclasses.replace(options, dtype=model.dtype)
-    tokenized = _tokenize(model.tokenizer, model.config, examples, options)
+    tokenized = tokenize_examples(model.tokenizer, model.config, examples, options)
+    options, _ = fit_batches(options, model.config, tokenized, loaded=model.weight_bytes)
     programs = Programs(model.config, model.dtype, options.settings_for(model.config))
-    for window in _windows(tokenized, options):
+    for window in plan_windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
         for batch in window.batches:
             yield from _measure(programs, model, window, batch)
@@ -142,13 +153,21 @@ class Session:
         earlier = _finished_before(job.output_dir, checkpoint)
         if earlier is not None:
             return RunSummary(job.output_dir, earlier, reused=True)
-        tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, job.data.examples, options)
-        windows = _windows(tokenized, options)
+        config = checkpoint.config
+        tokenized = tokenize_examples(checkpoint.tokenizer, config, job.data.examples, options)
+        loaded = self.model.weight_bytes if "model" in vars(self) else 0
+        options, choice = fit_batches(options, config, tokenized, loaded=loaded)
+        windows = plan_windows(tokenized, options)
         shapes = count_shapes(batch for window in windows for batch in window.batches)
         programs, before = self.programs, self.programs.tally
         if shapes:
-            largest = max(shapes, key=lambda s: (s.num_examples * s.num_tokens, s.num_responses))
-            say(memory_line(programs.memory(largest), _program_bytes()))
+            settings = options.settings_for(config)
+            largest = largest_shape(config, options.dtype, settings, shapes)
+            disk = predict_disk(settings, config, sizes_on_disk(tokenized), window=WINDOW)
+            account = programs.memory(largest.shape)
+            say(memory_line(account, largest, disk, choice, _program_bytes()))
+            for line in memory_warnings(choice):
+                say(line)
         chat = uses_chat(checkpoint.tokenizer, options.chat)
         say(
             f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
@@ -158,6 +177,7 @@ class Session:
             f"{len(shapes)} batch shapes (bound {shape_bound(options.max_length)})"
         )
         identity = job.identity | {
+            "options": job.identity["options"] | {"batch_tokens": options.batch_tokens},
             "model": {
                 "weights_sha256": self.model.fingerprint,
                 "config": dataclasses.asdict(checkpoint.config),
@@ -167,9 +187,12 @@ class Session:
         info = session_info(checkpoint, job.data)
         with RunDirectory.open(job.output_dir, identity, info) as store:
             if not store.finished:
-                _run_windows(store, windows, programs, self.model, progress)
+                _run_windows(store, windows, programs, self.model, progress, say)
                 compiled = programs.tally_since(before)
-                store.finish(count_results(tokenized, job.output_dir, compiled))
+                halves = {
+                    shape: programs.halves[shape] for shape in shapes & programs.halves.keys()
+                }
+                store.finish(count_results(tokenized, job.output_dir, compiled, halves))
             counts = store.run["counts"]
         for line in summary_lines(counts):
             say(line)
@@ -252,6 +275,8 @@ def plan_job(
     Raises:
         OutputError: the directory cannot be written or holds another run.
     """
+    if options.batch_tokens is None:
+        options = dataclasses.replace(options, batch_tokens=recorded_batch_tokens(output_dir))
     identity = asked_identity(options, start, limit)
     identity["data"]["sha256"] = data.sha256
     RunDirectory.check_compatible(output_dir, identity)
@@ -260,29 +285,15 @@ def plan_job(
 
 
 def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
-    """What of a run's identity follows from its flags alone."""
-    return {
-        "data": {"start": start, "limit": limit},
-        "options": dataclasses.asdict(options) | {"batch_tokens": options.tokens_of_a_batch},
-        "window": WINDOW,
-    }
+    """What of a run's identity follows from its flags alone.
 
-
-def recorded_date(output_dir: Path) -> str | None:
-    """The date of the run that stands in a directory; None where there is no run.
-
-    Raises:
-        OutputError: its run.json is damaged.
+    A number of batch_tokens that is not given is not in it: it is chosen by the memory at hand, and a
+    run that is there keeps its own.
     """
-    run = load_run(output_dir)
-    return run["identity"].get("options", {}).get("date") if run else None
-
-
-def date_for(options: AnalyzeOptions, recorded: Iterable[str | None]) -> str:
-    """The day that chat templates print: as asked, as in the first run that is there, or today."""
-    if options.date is not None:
-        return read_date(options.date).isoformat()
-    return next(filter(None, recorded), None) or datetime.date.today().isoformat()
+    asked = dataclasses.asdict(options)
+    if options.batch_tokens is None:
+        del asked["batch_tokens"]
+    return {"data": {"start": start, "limit": limit}, "options": asked, "window": WINDOW}
 
 
 @functools.cache
@@ -293,10 +304,11 @@ def _program_bytes() -> int:
 
 def _run_windows(
     store: RunDirectory,
-    windows: Sequence[_Window],
+    windows: Sequence[Window],
     programs: Programs,
     model: LoadedModel,
     progress: bool,
+    say: Callable[[str], None],
 ) -> None:
     plan = [
         (w, b, batch) for w, window in enumerate(windows) for b, batch in enumerate(window.batches)
@@ -315,14 +327,18 @@ def _run_windows(
             for b, batch in enumerate(window.batches):
                 if (w, b) in done:
                     continue
+                known = programs.halves
                 store.write_batch(w, b, _measure(programs, model, window, batch))
+                for shape, half in programs.halves.items():
+                    if shape not in known:
+                        say(halved_line(shape, half))
                 bar.update(len(batch.members))
             skipped = [skipped_result(item) for item in window.tokenized if not item.measurable]
             store.finish_window(w, skipped, num_examples=len(window.tokenized))
 
 
 def _measure(
-    programs: Programs, model: LoadedModel, window: _Window, batch: Batch
+    programs: Programs, model: LoadedModel, window: Window, batch: Batch
 ) -> list[ExampleResult]:
     arrays = batch_arrays(batch, window.tokenized)
     loss_B, statistics = programs.measure(model.state, batch.shape, arrays)
@@ -330,34 +346,15 @@ def _measure(
     return example_results(members, loss_B, statistics, programs.selection, model.config)
 
 
-def _tokenize(
-    tokenizer: Any, config: DecoderConfig, examples: Sequence[Example], options: AnalyzeOptions
-) -> list[TokenizedExample]:
-    if options.max_length > config.max_positions:
-        raise UserError(
-            f"--max_length {options.max_length} exceeds the model's {config.max_positions} "
-            f"positions; give --max_length={config.max_positions} or less"
-        )
-    tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
-    for item in tokenized:
-        # JAX would clamp such an id to the last row of the embedding, in silence.
-        if item.num_tokens and item.token_ids.max() >= config.vocab_size:
-            raise UserError(
-                f"record {item.example.index} has token {item.token_ids.max()}, but the model has "
-                f"only {config.vocab_size} tokens: the tokenizer is not this model's; copy the "
-                "tokenizer's files from where the weights come from"
-            )
-    return tokenized
-
-
-def _windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[_Window]:
+def plan_windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[Window]:
+    """The examples in windows, and each window's batches."""
     windows = []
     for begin in range(0, len(tokenized), WINDOW):
         part = tokenized[begin : begin + WINDOW]
         batches = plan_batches(
             part, batch_tokens=options.tokens_of_a_batch, max_length=options.max_length
         )
-        windows.append(_Window(part, batches))
+        windows.append(Window(part, batches))
     return windows
 
 

@@ -135,7 +135,7 @@ def test_one_example_too_large_for_the_memory_is_an_error_that_says_what_to_do(m
         lambda shape: programs.measure(random_state(), shape, batch_of([8, 8])),
         programs.memory,
     ):
-        with pytest.raises(UserError, match="one example of 8 tokens.*--max_length.*--dtype"):
+        with pytest.raises(UserError, match=r"one example of 8 tokens.*--max_length.*--dtype"):
             call(BatchShape(2, 8, 4))
 
 
