@@ -183,7 +183,7 @@ class Programs:
 
 def _parts(arrays: BatchArrays, num_rows: int) -> list[BatchArrays]:
     """The batch cut into batches of `num_rows`, the last one padded; none of padding alone."""
-    parts = []
+    parts: list[BatchArrays] = []
     for begin in range(0, len(arrays.tokens_BT), num_rows):
         rows = [getattr(arrays, field.name)[begin : begin + num_rows] for field in fields(arrays)]
         missing = num_rows - len(rows[0])
