@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxgrad.models import load_model
     from jaxgrad.options import AnalyzeOptions
     from jaxgrad.pipeline import analyze, run_analysis
+    from jaxgrad.preflight import dry_run
     from jaxgrad.results import read_results
 
 # Resolved at first use, so that reading results or a --help does not wait for JAX.
@@ -31,6 +32,7 @@ _HOME = {
     "Example": "jaxgrad.examples",
     "UserError": "jaxgrad.errors",
     "analyze": "jaxgrad.pipeline",
+    "dry_run": "jaxgrad.preflight",
     "load_model": "jaxgrad.models",
     "mean_curves": "jaxgrad.analysis",
     "read_examples": "jaxgrad.examples",
@@ -44,6 +46,7 @@ __all__ = [
     "Example",
     "UserError",
     "analyze",
+    "dry_run",
     "load_model",
     "mean_curves",
     "read_examples",

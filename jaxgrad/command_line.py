@@ -252,7 +252,8 @@ def define_compute_flags() -> FlagGroup:
     flags.DEFINE_integer(
         "batch_tokens",
         None,
-        "Padded tokens of a batch. Not given: 512 on a CPU, 8192 elsewhere.",
+        "Padded tokens of a batch. Not given: 512 on a CPU, 8192 elsewhere, or as many as fit in the "
+        "memory; a run that is continued keeps its own.",
         lower_bound=1,
     )
     flags.DEFINE_enum(
@@ -265,6 +266,19 @@ def define_compute_flags() -> FlagGroup:
         "Of the model's matrix products, on devices that have a choice.",
     )
     return FlagGroup("Computation", ("batch_tokens", "dtype", "precision"))
+
+
+def define_dry_run_flags() -> FlagGroup:
+    """Plan instead of run."""
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Print examples, tokens, batches, memory and disk of the run; load no weights, write nothing.",
+    )
+    flags.DEFINE_bool(
+        "calibrate", False, "With --dry_run: load the weights, time one batch, estimate the time."
+    )
+    return FlagGroup("Before a run", ("dry_run", "calibrate"))
 
 
 def define_resampling_flags() -> FlagGroup:

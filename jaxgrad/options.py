@@ -1,7 +1,6 @@
 """What to measure and how: everything that a run's numbers depend on besides its model and data."""
 
 import dataclasses
-import os
 from typing import Any, Literal
 
 import jax
@@ -14,11 +13,6 @@ from jaxgrad.tokens import Protocol, read_date, uses_chat
 # Padded tokens of a batch. On a CPU short examples share the reading of the weights; from 512 tokens on
 # more rows gain nothing (BUILD_NOTES.md).
 DEFAULT_BATCH_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
-
-
-def batches_in_flight() -> int:
-    """How many batches are computed at once: two on a CPU of several cores, one elsewhere."""
-    return min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
 
 
 @dataclasses.dataclass(frozen=True)

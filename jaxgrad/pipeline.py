@@ -5,11 +5,9 @@ interrupted run, and is what `bin/analyze` calls.
 """
 
 import dataclasses
-import datetime
 import functools
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,28 +16,40 @@ from tqdm import tqdm
 from jaxgrad.batches import (
     MAX_SHAPES,
     Batch,
-    batch_arrays,
+    BatchShape,
     choose_row_shapes,
     count_shapes,
     plan_batches,
 )
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
-from jaxgrad.models import Checkpoint, DecoderConfig, LoadedModel, open_checkpoint
-from jaxgrad.options import AnalyzeOptions, batches_in_flight
+from jaxgrad.memory import largest_shape, predict_disk
+from jaxgrad.models import Checkpoint, LoadedModel, open_checkpoint
+from jaxgrad.options import AnalyzeOptions
+from jaxgrad.planning import (
+    date_for,
+    fit_batches,
+    recorded_batch_tokens,
+    recorded_date,
+    tokenize_examples,
+)
 from jaxgrad.program import Programs
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
-from jaxgrad.results.rows import example_results, skipped_result
+from jaxgrad.results.rows import skipped_result
 from jaxgrad.results.store import load_run
 from jaxgrad.run_info import (
     count_results,
+    halved_line,
     memory_line,
+    memory_warnings,
     model_line,
     resident_bytes,
     session_info,
+    sizes_on_disk,
     summary_lines,
 )
-from jaxgrad.tokens import TokenizedExample, read_date, tokenize_all, tokens_digest, uses_chat
+from jaxgrad.stream import measured
+from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
 # less; fewer would show results sooner.
@@ -72,7 +82,7 @@ class RunSummary:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
+class Window:
     """Consecutive examples, and the batches of those that can be measured."""
 
     tokenized: Sequence[TokenizedExample]
@@ -103,11 +113,12 @@ def analyze(
         UserError: an option that does not fit the model.
     """
     options = dataclasses.replace(options, dtype=model.dtype)
-    tokenized = _tokenize(model.tokenizer, model.config, examples, options)
+    tokenized = tokenize_examples(model.tokenizer, model.config, examples, options)
+    options, _ = fit_batches(options, model.config, tokenized, loaded=model.weight_bytes)
     programs = programs or programs_for(model, options)
-    for window in _windows(tokenized, options):
+    for window in plan_windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
-        for _, results in _measured(programs, model, [(window, b) for b in window.batches]):
+        for results in measured(programs, model, [(window.tokenized, b) for b in window.batches]):
             yield from results
 
 
@@ -166,13 +177,21 @@ class Session:
         earlier = _finished_before(job.output_dir, checkpoint)
         if earlier is not None:
             return RunSummary(job.output_dir, earlier, reused=True)
-        tokenized = _tokenize(checkpoint.tokenizer, checkpoint.config, job.data.examples, options)
-        windows = _windows(tokenized, options)
+        config = checkpoint.config
+        tokenized = tokenize_examples(checkpoint.tokenizer, config, job.data.examples, options)
+        loaded = self.model.weight_bytes if "model" in vars(self) else 0
+        options, choice = fit_batches(options, config, tokenized, loaded=loaded)
+        windows = plan_windows(tokenized, options)
         shapes = count_shapes(batch for window in windows for batch in window.batches)
         programs, before = self.programs, self.programs.tally
         if shapes:
-            largest = max(shapes, key=lambda s: (s.num_examples * s.num_tokens, s.num_responses))
-            say(memory_line(programs.memory(largest), _program_bytes()))
+            settings = options.settings_for(config)
+            largest = largest_shape(config, options.dtype, settings, shapes)
+            disk = predict_disk(settings, config, sizes_on_disk(tokenized), window=WINDOW)
+            account = programs.memory(largest.shape)
+            say(memory_line(account, largest, disk, choice, _program_bytes()))
+            for line in memory_warnings(choice):
+                say(line)
         chat = uses_chat(checkpoint.tokenizer, options.chat)
         say(
             f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
@@ -182,6 +201,7 @@ class Session:
             f"{len(shapes)} batch shapes (at most {MAX_SHAPES})"
         )
         identity = job.identity | {
+            "options": job.identity["options"] | {"batch_tokens": options.batch_tokens},
             "model": {
                 "weights_sha256": self.model.fingerprint,
                 "config": dataclasses.asdict(checkpoint.config),
@@ -191,9 +211,12 @@ class Session:
         info = session_info(checkpoint, job.data)
         with RunDirectory.open(job.output_dir, identity, info) as store:
             if not store.finished:
-                _run_windows(store, windows, programs, self.model, progress)
+                _run_windows(store, windows, programs, self.model, progress, say)
                 compiled = programs.tally_since(before)
-                store.finish(count_results(tokenized, job.output_dir, compiled))
+                halves = {
+                    shape: programs.halves[shape] for shape in shapes & programs.halves.keys()
+                }
+                store.finish(count_results(tokenized, job.output_dir, compiled, halves))
             counts = store.run["counts"]
         for line in summary_lines(counts):
             say(line)
@@ -276,6 +299,8 @@ def plan_job(
     Raises:
         OutputError: the directory cannot be written or holds another run.
     """
+    if options.batch_tokens is None:
+        options = dataclasses.replace(options, batch_tokens=recorded_batch_tokens(output_dir))
     identity = asked_identity(options, start, limit)
     identity["data"]["sha256"] = data.sha256
     RunDirectory.check_compatible(output_dir, identity)
@@ -284,29 +309,15 @@ def plan_job(
 
 
 def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
-    """What of a run's identity follows from its flags alone."""
-    return {
-        "data": {"start": start, "limit": limit},
-        "options": dataclasses.asdict(options) | {"batch_tokens": options.tokens_of_a_batch},
-        "window": WINDOW,
-    }
+    """What of a run's identity follows from its flags alone.
 
-
-def recorded_date(output_dir: Path) -> str | None:
-    """The date of the run that stands in a directory; None where there is no run.
-
-    Raises:
-        OutputError: its run.json is damaged.
+    A number of batch_tokens that is not given is not in it: it is chosen by the memory at hand, and a
+    run that is there keeps its own.
     """
-    run = load_run(output_dir)
-    return run["identity"].get("options", {}).get("date") if run else None
-
-
-def date_for(options: AnalyzeOptions, recorded: Iterable[str | None]) -> str:
-    """The day that chat templates print: as asked, as in the first run that is there, or today."""
-    if options.date is not None:
-        return read_date(options.date).isoformat()
-    return next(filter(None, recorded), None) or datetime.date.today().isoformat()
+    asked = dataclasses.asdict(options)
+    if options.batch_tokens is None:
+        del asked["batch_tokens"]
+    return {"data": {"start": start, "limit": limit}, "options": asked, "window": WINDOW}
 
 
 @functools.cache
@@ -317,10 +328,11 @@ def _program_bytes() -> int:
 
 def _run_windows(
     store: RunDirectory,
-    windows: Sequence[_Window],
+    windows: Sequence[Window],
     programs: Programs,
     model: LoadedModel,
     progress: bool,
+    say: Callable[[str], None],
 ) -> None:
     plan = [
         (w, b, batch) for w, window in enumerate(windows) for b, batch in enumerate(window.batches)
@@ -341,73 +353,27 @@ def _run_windows(
         for w, window in enumerate(windows):
             if not open_batches[w]:
                 _finish_window(store, w, window)
-        measured = _measured(programs, model, [(windows[w], batch) for w, _, batch in left])
-        for (w, b, batch), (_, results) in zip(left, measured, strict=True):
+        rest = [(windows[w].tokenized, batch) for w, _, batch in left]
+        told: set[BatchShape] = set()
+        for (w, b, batch), results in zip(left, measured(programs, model, rest), strict=True):
             store.write_batch(w, b, results)
+            for shape, half in programs.halves.items():
+                if shape not in told:
+                    say(halved_line(shape, half))
+                    told.add(shape)
             bar.update(len(batch.members))
             open_batches[w] -= 1
             if not open_batches[w]:
                 _finish_window(store, w, windows[w])
 
 
-def _finish_window(store: RunDirectory, w: int, window: _Window) -> None:
+def _finish_window(store: RunDirectory, w: int, window: Window) -> None:
     skipped = [skipped_result(item) for item in window.tokenized if not item.measurable]
     store.finish_window(w, skipped, num_examples=len(window.tokenized))
 
 
-def _measured(
-    programs: Programs, model: LoadedModel, plan: Sequence[tuple[_Window, Batch]]
-) -> Iterator[tuple[Batch, list[ExampleResult]]]:
-    """The results of each batch in the order of the plan, with the next ones under way.
-
-    While the caller writes a batch's results, the device works on; on a CPU two batches are in flight,
-    because single-threaded LAPACK calls of one leave a core to the other's matrix products.
-    """
-
-    def measure(window: _Window, batch: Batch) -> list[ExampleResult]:
-        arrays = batch_arrays(batch, window.tokenized)
-        loss_B, statistics = programs.measure(model.state, batch.shape, arrays)
-        members = [window.tokenized[member] for member in batch.members]
-        return example_results(members, loss_B, statistics, programs.selection, model.config)
-
-    pool = ThreadPoolExecutor(max_workers=batches_in_flight())
-    try:
-        pending: deque[tuple[Batch, Future[list[ExampleResult]]]] = deque()
-        for window, batch in plan:
-            pending.append((batch, pool.submit(measure, window, batch)))
-            # One more than run, so that a thread that is done finds its next batch.
-            if len(pending) > batches_in_flight():
-                first, future = pending.popleft()
-                yield first, future.result()
-        while pending:
-            first, future = pending.popleft()
-            yield first, future.result()
-    finally:
-        # Ctrl-C does not wait for what is still in flight.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _tokenize(
-    tokenizer: Any, config: DecoderConfig, examples: Sequence[Example], options: AnalyzeOptions
-) -> list[TokenizedExample]:
-    if options.max_length > config.max_positions:
-        raise UserError(
-            f"--max_length {options.max_length} exceeds the model's {config.max_positions} "
-            f"positions; give --max_length={config.max_positions} or less"
-        )
-    tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
-    for item in tokenized:
-        # JAX would clamp such an id to the last row of the embedding, in silence.
-        if item.num_tokens and item.token_ids.max() >= config.vocab_size:
-            raise UserError(
-                f"record {item.example.index} has token {item.token_ids.max()}, but the model has "
-                f"only {config.vocab_size} tokens: the tokenizer is not this model's; copy the "
-                "tokenizer's files from where the weights come from"
-            )
-    return tokenized
-
-
-def _windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[_Window]:
+def plan_windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[Window]:
+    """The examples in windows, and each window's batches."""
     windows = []
     row_shapes = choose_row_shapes(tokenized, max_length=options.max_length)
     for begin in range(0, len(tokenized), WINDOW):
@@ -418,7 +384,7 @@ def _windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> 
             max_length=options.max_length,
             row_shapes=row_shapes,
         )
-        windows.append(_Window(part, batches))
+        windows.append(Window(part, batches))
     return windows
 
 

@@ -2,13 +2,16 @@
 
 XLA compiles for fixed shapes, and a compilation that nobody sees is the commonest way to lose time. So
 programs are compiled ahead of time, by name, and a run prints how many there were.
+
+A batch for which the device's memory is too small is measured in two halves, and so are all later
+batches of its shape.
 """
 
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +22,10 @@ from threadpoolctl import ThreadpoolController
 
 from jaxgrad.batches import BatchArrays, BatchShape
 from jaxgrad.dtypes import DTYPES
+from jaxgrad.errors import UserError
 from jaxgrad.gradients import ExampleArrays, Selection, to_example_arrays
 from jaxgrad.measure import MeasureSettings, measure_batch
+from jaxgrad.memory import batches_in_flight
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.spectra import Statistics
@@ -36,8 +41,8 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Weights and work space together."""
-        return self.weights + self.work_space
+        """Weights, and the work space of the batches that are in flight at once."""
+        return self.weights + batches_in_flight() * self.work_space
 
 
 class CompileTally(NamedTuple):
@@ -71,6 +76,11 @@ def _single_threaded_blas() -> Iterator[None]:
                 limit.restore_original_limits()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the host or on a device."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 class Programs:
     """`measure_batch` compiled for each batch shape of a run.
 
@@ -85,6 +95,8 @@ class Programs:
         self._compiled: dict[BatchShape, Callable[..., Any]] = {}
         self._compile_lock = threading.Lock()
         self._compile_seconds = 0.0
+        self._num_compiled = 0
+        self._halves: dict[BatchShape, BatchShape] = {}
 
     @property
     def selection(self) -> Selection:
@@ -94,7 +106,12 @@ class Programs:
     @property
     def tally(self) -> CompileTally:
         """What was compiled so far."""
-        return CompileTally(len(self._compiled), self._compile_seconds)
+        return CompileTally(self._num_compiled, self._compile_seconds)
+
+    @property
+    def halves(self) -> dict[BatchShape, BatchShape]:
+        """Shapes that were too large for the memory -> the shape of the parts they are measured in."""
+        return dict(self._halves)
 
     def tally_since(self, before: CompileTally) -> CompileTally:
         """What was compiled since an earlier `tally`."""
@@ -123,11 +140,26 @@ class Programs:
             lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
             program = lowered.compile()
         self._compile_seconds += time.perf_counter() - started
+        self._num_compiled += 1
         self._compiled[shape] = program
 
     def memory(self, shape: BatchShape) -> MemoryPlan:
-        """What the program for `shape` needs; compiles it."""
-        stats = self.compiled(shape).memory_analysis()
+        """What the program for `shape` needs; compiles it, or the largest part of it that compiles.
+
+        Raises:
+            UserError: not even one example compiles within the device's memory.
+        """
+        while True:
+            if shape in self._halves:
+                shape = self._halves[shape]
+                continue
+            try:
+                stats = self.compiled(shape).memory_analysis()
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve(shape)
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state))
         if stats is None:  # a backend without the account
             return MemoryPlan(weights, 0, shape)
@@ -136,10 +168,57 @@ class Programs:
     def measure(
         self, state: nnx.State, shape: BatchShape, arrays: BatchArrays
     ) -> tuple[np.ndarray, dict[str, Statistics]]:
-        """Losses [B] and statistics [B, L, ...] of one batch, as NumPy arrays; from any thread."""
+        """Losses and statistics of one batch, as NumPy arrays with B rows; from any thread.
+
+        Where the memory is too small the batch is measured in halves, which changes nothing but the
+        time; rows of padding behind the last example may then be left out.
+
+        Raises:
+            UserError: the memory is too small for one example.
+        """
+        if shape not in self._halves:
+            try:
+                return self._measure_whole(state, shape, arrays)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler, whose traceback keeps the arrays of the failed call alive.
+            self._halve(shape)
+        half = self._halves[shape]
+        parts = [self.measure(state, half, part) for part in _parts(arrays, half.num_examples)]
+        return jax.tree.map(
+            lambda *rows: np.concatenate(rows)[: shape.num_examples], parts[0], *parts[1:]
+        )
+
+    def _measure_whole(
+        self, state: nnx.State, shape: BatchShape, arrays: BatchArrays
+    ) -> tuple[np.ndarray, dict[str, Statistics]]:
         program = self.compiled(shape)
         with jax.enable_x64(True), _single_threaded_blas():
             batch = to_example_arrays(
                 arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
             )
             return jax.device_get(program(state, batch))
+
+    def _halve(self, shape: BatchShape) -> None:
+        if shape.num_examples == 1:
+            raise UserError(
+                f"the memory of {jax.local_devices()[0].device_kind} is too small for one example of "
+                f"{shape.num_tokens} tokens; give a smaller --max_length, --dtype=bfloat16, fewer "
+                "--parameters, or no --similarity"
+            )
+        self._compiled.pop(shape, None)  # its code takes memory, too
+        half = (shape.num_examples + 1) // 2
+        self._halves[shape] = BatchShape(half, shape.num_tokens, shape.num_responses)
+
+
+def _parts(arrays: BatchArrays, num_rows: int) -> list[BatchArrays]:
+    """The batch cut into batches of `num_rows`, the last one padded; none of padding alone."""
+    parts: list[BatchArrays] = []
+    for begin in range(0, len(arrays.tokens_BT), num_rows):
+        rows = [getattr(arrays, field.name)[begin : begin + num_rows] for field in fields(arrays)]
+        missing = num_rows - len(rows[0])
+        part = BatchArrays(*(np.pad(array, ((0, missing), (0, 0))) for array in rows))
+        if not parts or part.weights_BS.any():
+            parts.append(part)
+    return parts

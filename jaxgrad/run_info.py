@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 
+from jaxgrad.batches import BatchShape
 from jaxgrad.examples import DataSet
+from jaxgrad.memory import BatchChoice, DiskPrediction, MemoryPrediction, batches_in_flight
 from jaxgrad.models import Checkpoint
 from jaxgrad.models.decoder import num_parameters
 from jaxgrad.program import CompileTally, MemoryPlan
@@ -64,22 +66,78 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def memory_line(plan: MemoryPlan, program: int) -> str:
-    """What the run will need: weights, the largest batch's work space, and on a CPU the program itself.
+def memory_line(
+    plan: MemoryPlan | MemoryPrediction,
+    prediction: MemoryPrediction,
+    disk: DiskPrediction,
+    choice: BatchChoice,
+    program: int,
+) -> str:
+    """What the run will need: weights, the largest batch's work space, on a CPU the program, and disk.
 
     Args:
-        plan: of the largest batch.
+        plan: of the largest batch: XLA's account, or the prediction where nothing is compiled.
+        prediction: of that batch, for what of the work space are factors.
+        disk: what the run writes.
+        choice: of batch_tokens.
         program: `resident_bytes` before the weights are there.
     """
-    gigabyte = 1e9
+    shape = plan.shape
+    # A batch that had to be halved to compile has less of the factors.
+    factors = prediction.factors * shape.num_examples // prediction.shape.num_examples
     text = (
-        f"memory: {plan.weights / gigabyte:.2f} GB weights + {plan.work_space / gigabyte:.2f} GB work "
-        f"space (largest batch: {plan.shape.num_examples} x {plan.shape.num_tokens} tokens)"
+        f"memory: {_size(plan.weights)} weights + "
+        f"{'2 x ' if batches_in_flight() == 2 else ''}{_size(plan.work_space)} work space "
+        f"({_size(factors)} of it factors; largest batch: {shape.num_examples} x "
+        f"{shape.num_tokens} tokens)"
     )
     if jax.default_backend() != "cpu":
-        return f"{text} = {plan.total / gigabyte:.2f} GB on the device"
-    total = (plan.total + program) / gigabyte
-    return f"{text} + {program / gigabyte:.2f} GB program = {total:.2f} GB planned"
+        text += f" = {_size(plan.total)} on the device"
+    else:
+        text += f" + {_size(program)} program = {_size(plan.total + program)} planned"
+    text += f"; disk: {_size(disk.parquet)} + {_size(disk.journal)} journal"
+    if choice.batch_tokens != choice.default and choice.at_hand is not None:
+        text += (
+            f"; batch_tokens {choice.default} -> {choice.batch_tokens} to fit "
+            f"{_size(choice.at_hand)}"
+        )
+    return text
+
+
+def memory_shortage(choice: BatchChoice) -> str:
+    """What the largest batch needs, and what is there."""
+    return f"about {_size(choice.needed)} and {_size(choice.at_hand or 0)} are at hand"
+
+
+def memory_warnings(choice: BatchChoice) -> list[str]:
+    """A line where the largest batch does not fit; none where it does."""
+    if choice.fits:
+        return []
+    return [
+        f"warning: the largest batch needs {memory_shortage(choice)}: the run may fail or be slow; "
+        "a smaller --max_length or --batch_tokens needs less"
+    ]
+
+
+def halved_line(shape: BatchShape, half: BatchShape) -> str:
+    """That batches of a shape are measured in parts."""
+    return (
+        f"out of memory: batches of {shape.num_examples} x {shape.num_tokens} tokens are measured as "
+        f"{half.num_examples} x {half.num_tokens}"
+    )
+
+
+def sizes_on_disk(tokenized: Sequence[TokenizedExample]) -> list[tuple[int, int]]:
+    """Tokens and characters of each example that will be measured."""
+    return [
+        (item.num_tokens, len(item.example.instruction) + len(item.example.response))
+        for item in tokenized
+        if item.measurable
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 5e6 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def model_line(checkpoint: Checkpoint, dtype: str) -> str:
@@ -89,9 +147,12 @@ def model_line(checkpoint: Checkpoint, dtype: str) -> str:
 
 
 def count_results(
-    tokenized: Sequence[TokenizedExample], output_dir: Path, compiled: CompileTally
+    tokenized: Sequence[TokenizedExample],
+    output_dir: Path,
+    compiled: CompileTally,
+    halves: dict[BatchShape, BatchShape],
 ) -> dict[str, Any]:
-    """Examples of each status and reason, from what was written; and the compilations."""
+    """Examples of each status and reason, from what was written; the compilations; the halved shapes."""
     status: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for part in iter_results(output_dir, allow_unfinished=True):
@@ -106,6 +167,10 @@ def count_results(
         "reasons": dict(sorted(reasons.items())),
         "compiled_shapes": compiled.shapes,
         "compile_seconds": round(compiled.seconds, 1),
+        "halved_shapes": {
+            f"{shape.num_examples} x {shape.num_tokens} x {shape.num_responses}": half.num_examples
+            for shape, half in halves.items()
+        },
     }
 
 

@@ -1,14 +1,19 @@
 """Compiled programs: counted, bounded, and alone on their cores."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 import scipy.linalg
 from threadpoolctl import threadpool_info
 
 from jaxgrad import program
-from jaxgrad.batches import BatchShape
+from jaxgrad.batches import BatchArrays, BatchShape
+from jaxgrad.errors import UserError
 from jaxgrad.gradients import select_parameters
 from jaxgrad.measure import MeasureSettings
 from jaxgrad.models import AttentionKind, DecoderConfig, Rope
-from jaxgrad.models.decoder import num_parameters
+from jaxgrad.models.decoder import abstract_decoder, num_parameters
 
 CONFIG = DecoderConfig(
     vocab_size=31,
@@ -74,3 +79,84 @@ def test_the_memory_plan_counts_weights_exactly_and_grows_with_the_batch():
     assert small.weights == large.weights == num_parameters(CONFIG) * 4
     assert 0 < small.work_space < large.work_space
     assert large.total == large.weights + large.work_space
+
+
+def batch_of(lengths):
+    """Rows of these many tokens (0: padding), 8 at most, the last four of each its response."""
+    B = len(lengths)
+    arrays = BatchArrays(
+        np.zeros((B, 8), np.int32),
+        np.zeros((B, 4), np.int32),
+        np.zeros((B, 4), np.int32),
+        np.zeros((B, 4)),
+    )
+    for row, length in enumerate(lengths):
+        if length:
+            arrays.tokens_BT[row, :length] = np.arange(1, length + 1) + row
+            arrays.positions_BS[row] = np.arange(length - 5, length - 1)
+            arrays.labels_BS[row] = arrays.tokens_BT[row, length - 4 : length]
+            arrays.weights_BS[row] = 1 / 4
+    return arrays
+
+
+def random_state():
+    with jax.enable_x64(True):
+        _, state = abstract_decoder(CONFIG, "float32")
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(random.normal(size=leaf.shape).astype(np.float32) / 3), state
+    )
+
+
+@pytest.mark.parametrize("where", ["running", "compiling"])
+def test_a_batch_too_large_for_the_memory_is_measured_in_parts(monkeypatch, where):
+    """Room for two examples: 5 are measured as 3 + 2, and 3 as 2 + 1; refused once a size."""
+    state, lengths = random_state(), [8, 7, 8, 6, 0]
+    arrays, shape = batch_of(lengths), BatchShape(5, 8, 4)
+    loss_B, whole = make_programs().measure(state, shape, arrays)
+    programs, original, refused = make_programs(), program.Programs.compiled, []
+
+    def exhausted(shape):
+        refused.append(shape.num_examples)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def compiled(self, shape):
+        if shape.num_examples <= 2:
+            return original(self, shape)
+        return exhausted(shape) if where == "compiling" else lambda *_: exhausted(shape)
+
+    monkeypatch.setattr(program.Programs, "compiled", compiled)
+    for _ in range(2):
+        loss_P, parts = programs.measure(state, shape, arrays)
+        assert len(loss_P) >= 4  # the last row is padding
+        np.testing.assert_allclose(loss_P[:4], loss_B[:4], rtol=1e-6)
+        for mine, theirs in zip(parts["q"], whole["q"], strict=True):
+            np.testing.assert_allclose(mine[:4], theirs[:4], rtol=1e-4, atol=1e-7)
+    assert refused == [5, 3]
+    assert [small.num_examples for small in programs.halves.values()] == [3, 2]
+    if where == "compiling":
+        assert make_programs().memory(shape).shape.num_examples == 2
+
+
+def test_one_example_too_large_for_the_memory_is_an_error_that_says_what_to_do(monkeypatch):
+    programs = make_programs()
+
+    def compiled(self, shape):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(program.Programs, "compiled", compiled)
+    for call in (
+        lambda shape: programs.measure(random_state(), shape, batch_of([8, 8])),
+        programs.memory,
+    ):
+        with pytest.raises(UserError, match=r"one example of 8 tokens.*--max_length.*--dtype"):
+            call(BatchShape(2, 8, 4))
+
+
+def test_other_errors_of_the_device_are_not_swallowed(monkeypatch):
+    def compiled(self, shape):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(program.Programs, "compiled", compiled)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        make_programs().measure(random_state(), BatchShape(2, 8, 4), batch_of([8, 8]))

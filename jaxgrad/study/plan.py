@@ -12,7 +12,8 @@ from jaxgrad.errors import OutputError, UserError
 from jaxgrad.examples import DataSet, read_examples
 from jaxgrad.models.places import local_place
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.pipeline import asked_identity, date_for, recorded_date
+from jaxgrad.pipeline import asked_identity
+from jaxgrad.planning import date_for, recorded_date
 from jaxgrad.report.cells import Role, file_stem
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.store import load_run
@@ -164,7 +165,7 @@ def _date_of(model: StudyModel, role: Role, place: Path) -> str | None:
 def _forget_the_machine(asked: dict[str, Any], options: AnalyzeOptions) -> None:
     for name in ("batch_tokens", "date"):
         if getattr(options, name) is None:
-            del asked["options"][name]
+            asked["options"].pop(name, None)
 
 
 def _read(config: StudyConfig, file: str) -> DataSet | str:

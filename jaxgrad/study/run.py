@@ -9,6 +9,7 @@ import jax
 
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.pipeline import Session, plan_job
+from jaxgrad.program import is_out_of_memory
 from jaxgrad.report.cells import Role, read_cell
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.store import load_run
@@ -92,7 +93,7 @@ def _measure_model(
         except UserError as error:
             why = in_a_study(error)
         except _OUT_OF_MEMORY as error:
-            if not _is_memory(error):
+            if not is_out_of_memory(error):
                 raise
             why = "the device's memory is too small for this model and these examples"
         else:
@@ -119,14 +120,10 @@ def _loads(session: Session) -> bool:
     except UserError:
         return False
     except _OUT_OF_MEMORY as error:
-        if not _is_memory(error):
+        if not is_out_of_memory(error):
             raise
         return False
     return True
-
-
-def _is_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 class _Clock:

@@ -1,0 +1,366 @@
+"""What a run will need, in bytes, before anything is compiled or loaded; and what is at hand.
+
+The prediction is made from the sizes of the model and of the largest batch alone. Its counts of arrays
+were fitted to XLA's own account (`Programs.memory`) on the CPU, where a test holds it within 20 % for
+float32 and float64, from tiny models to two layers of Llama-3.1-8B; `benchmarks/memory` shows the three
+numbers (predicted, XLA's, measured) side by side. Dimensions are those of the package's docstring.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxgrad.batches import BatchShape
+from jaxgrad.dtypes import DTYPES, at_least_float32
+from jaxgrad.gradients import CHUNK
+from jaxgrad.measure import MeasureSettings
+from jaxgrad.models.config import DecoderConfig
+from jaxgrad.models.decoder import (
+    PROJECTIONS,
+    abstract_decoder,
+    named_parameters,
+    num_parameters,
+)
+from jaxgrad.spectra import choose_algorithm
+from jaxgrad.spectra.similarity import TILE_ROWS
+
+# Arrays a layer and token that wait for the backward pass, fitted to XLA's account. Linear maps keep
+# nothing: their inputs are needed for weights' gradients only, which are not taken.
+STREAM_ARRAYS = 4  # of D: norms and what they are of
+POST_NORM_ARRAYS = 4  # of D more, where norms stand before and after
+GATED_ARRAYS, PLAIN_ARRAYS = 5, 3  # of F
+QK_NORM_ARRAYS = 2  # of the queries and keys, where these are normed
+# Arrays of the scores' size, T x T a head, of the one layer that is differentiated.
+SCORE_ARRAYS = 3.0
+# Arrays [B, positions, V] of the loss; positions are at most a chunk of them (`gradients.CHUNK`).
+LOGIT_ARRAYS = 2
+# Of what is at hand, a batch is made to fit in this part.
+USABLE = 0.9
+# Bytes on disk, from real runs: a row of the matrices table without lists, with the two extremes, a
+# number in a list of singular values and of cosines; a row of the examples table and a character of its
+# texts; a file of each.
+ROW_BYTES, EXTREMES_BYTES, VALUE_BYTES, COSINE_BYTES = 63, 16, 8, 6.3
+EXAMPLE_BYTES, CHARACTER_BYTES, FILE_BYTES = 60, 0.45, 4500
+# The journal is not compressed: bytes of a batch, and of a row without lists.
+JOURNAL_BATCH_BYTES, JOURNAL_ROW_BYTES = 5000, 137
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """What the program for one batch shape needs on its device, in bytes.
+
+    Attributes:
+        shape: the batch.
+        weights: all parameters.
+        factors: X and D of all layers, X once for the projections that share it.
+        residuals: what the forward pass keeps for the backward pass, all layers.
+        layer: work of the one layer in the backward pass: its weights as a copy, its attention scores.
+        head: logits, and what the loss makes of them.
+        reduction: from factors to numbers: copies, Gram matrices and built gradients.
+    """
+
+    shape: BatchShape
+    weights: int
+    factors: int
+    residuals: int
+    layer: int
+    head: int
+    reduction: int
+
+    @property
+    def work_space(self) -> int:
+        """All but the weights, at the worst moment: the loss, the backward pass or the reduction."""
+        kept = self.residuals + self.factors
+        return max(kept + self.layer, kept + self.head, self.factors + self.reduction)
+
+    @property
+    def total(self) -> int:
+        """Weights, and the work space of the batches that are in flight at once."""
+        return self.weights + batches_in_flight() * self.work_space
+
+
+@dataclass(frozen=True)
+class DiskPrediction:
+    """What a run writes, in bytes: the Parquet that stays, and the journal at its largest."""
+
+    parquet: int
+    journal: int
+
+    @property
+    def total(self) -> int:
+        """Both: the journal of a window is there until its Parquet is."""
+        return self.parquet + self.journal
+
+
+@dataclass(frozen=True)
+class BatchChoice:
+    """The tokens of a batch that were chosen, and why.
+
+    Attributes:
+        batch_tokens: the choice.
+        default: what would have been taken with memory enough.
+        needed: bytes of the largest batch, weights included.
+        at_hand: bytes; None where the machine does not say.
+    """
+
+    batch_tokens: int
+    default: int
+    needed: int
+    at_hand: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest batch is within what is at hand."""
+        return self.at_hand is None or self.needed <= self.at_hand
+
+
+def batches_in_flight() -> int:
+    """How many batches are computed at once: two on a CPU of several cores, one elsewhere.
+
+    LAPACK runs on one thread (see `program`): with two batches the other core has work meanwhile.
+    """
+    return min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+
+
+def projection_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Projection -> (outputs, inputs) of its weight."""
+    attention, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    width, mlp = config.width, config.mlp_width
+    return {
+        "q": (attention, width),
+        "k": (kv, width),
+        "v": (kv, width),
+        "o": (width, attention),
+        "gate": (mlp, width),
+        "up": (mlp, width),
+        "down": (width, mlp),
+        "lm_head": (config.vocab_size, width),
+    }
+
+
+def weight_bytes(config: DecoderConfig, dtype: str) -> int:
+    """All parameters, exactly."""
+    return num_parameters(config) * np.dtype(DTYPES[dtype]).itemsize
+
+
+def predict_memory(
+    config: DecoderConfig,
+    dtype: str,
+    settings: MeasureSettings,
+    shape: BatchShape,
+    *,
+    backend: str | None = None,
+) -> MemoryPrediction:
+    """What measuring one batch needs.
+
+    Args:
+        config: the model.
+        dtype: of weights and arithmetic.
+        settings: what is measured.
+        shape: B, T and S.
+        backend: "cpu", "gpu" or "tpu"; None for this process's.
+    """
+    backend = backend or jax.default_backend()
+    B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
+    L, D, F = config.num_layers, config.width, config.mlp_width
+    queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    size = np.dtype(DTYPES[dtype]).itemsize
+    wide = np.dtype(at_least_float32(DTYPES[dtype])).itemsize
+    # A CPU has no bfloat16 products: XLA computes in float32, on a float32 copy of all weights.
+    emulated = backend == "cpu" and size < wide
+    active = wide if emulated else size
+    # float32's, whatever the dtype: only the counts are read.
+    parameters = named_parameters(abstract_decoder(config, DTYPES["float32"])[1])
+    count = sum(leaf.size for leaf in parameters.values())
+    of_layers = sum(leaf.size for name, leaf in parameters.items() if name.startswith("layers."))
+
+    floats = STREAM_ARRAYS * D + (GATED_ARRAYS if config.gated_mlp else PLAIN_ARRAYS) * F
+    floats += queries + 2 * keys
+    floats += POST_NORM_ARRAYS * D * (config.norm_placement == "both")
+    floats += QK_NORM_ARRAYS * (queries + keys) * (config.qk_norm != "none")
+    residuals = B * L * T * floats * active
+    scores = SCORE_ARRAYS * B * config.num_heads * T * T * wide
+    copy = (count if emulated else of_layers / L) * active
+
+    sizes, names = projection_sizes(config), settings.selection.names
+    rows = {name: (T * L if PROJECTIONS[name].stacked else S) for name in names}
+    inputs = {PROJECTIONS[name].input: rows[name] * sizes[name][1] for name in names}
+    factors = B * (sum(inputs.values()) + sum(rows[n] * sizes[n][0] for n in names)) * active
+    head = LOGIT_ARRAYS * B * (S if "lm_head" in names else min(S, CHUNK))
+    head *= config.vocab_size * wide
+    if settings.method == "dense":
+        # The weights' own gradients of all layers exist beside the factors, for every example.
+        stacked = {name: L if PROJECTIONS[name].stacked else 1 for name in names}
+        factors += B * sum(stacked[n] * math.prod(sizes[n]) for n in names) * active
+    return MemoryPrediction(
+        shape=shape,
+        weights=count * size,
+        factors=factors,
+        residuals=residuals,
+        layer=int(scores + copy),
+        head=head,
+        reduction=int(_reduction(config, settings, shape, backend, size) + copy * emulated),
+    )
+
+
+def _reduction(
+    config: DecoderConfig, settings: MeasureSettings, shape: BatchShape, backend: str, size: int
+) -> int:
+    """Work of the reduction: a layer at a time on a CPU, all layers of a projection elsewhere."""
+    B, T = shape.num_examples, shape.num_tokens
+    sizes, selection = projection_sizes(config), settings.selection
+    wide = max(size, 4)
+    most = 0
+    for name in selection.names:
+        num_out, num_in = sizes[name]
+        rows = T if PROJECTIONS[name].stacked else shape.num_responses
+        at_once = 1 if backend == "cpu" else len(selection[name])
+        short, matrix = min(num_out, num_in), num_out * num_in
+        algorithm = choose_algorithm(
+            rows, num_out, num_in, backend=backend, method=settings.method, is_float64=size == 8
+        )
+        work = {
+            "qr": (2 * rows * (num_out + num_in) + 3 * rows * rows) * wide,
+            "gram": (rows * (num_out + num_in) + 4 * rows * rows) * 8,
+            "build": 3 * matrix * wide,
+            "build_gram": matrix * (wide + 8) + 3 * short * short * 8,
+        }["build" if settings.method == "dense" else algorithm]
+        most = max(most, B * at_once * work)
+    if settings.similarity:
+        # D scaled and cut into tiles of rows, and the rows of every layer's gradient in one tile.
+        for name in selection.names:
+            num_out, num_in = sizes[name]
+            layers = len(selection[name])
+            tile = min(TILE_ROWS, num_out) * num_in
+            most = max(most, B * layers * (3 * T * num_out + tile) * wide)
+    return most
+
+
+def predict_disk(
+    settings: MeasureSettings,
+    config: DecoderConfig,
+    examples: Sequence[tuple[int, int]],
+    *,
+    window: int,
+    examples_a_batch: int = 1,
+) -> DiskPrediction:
+    """What a run writes.
+
+    Args:
+        settings: what is measured.
+        config: the model.
+        examples: tokens, and characters of the texts, of every example that will be measured.
+        window: examples that become one part file.
+        examples_a_batch: how many share a file of the journal.
+    """
+    sizes, selection = projection_sizes(config), settings.selection
+    fixed_row = ROW_BYTES + EXTREMES_BYTES * settings.extremes
+    per_example, parquet, journal = [], 0.0, 0.0
+    for num_tokens, characters in examples:
+        lists = 0.0
+        for name, layers in selection.layers:
+            if settings.spectrum:
+                lists += VALUE_BYTES * len(layers) * min(num_tokens, *sizes[name])
+            if settings.similarity:
+                lists += COSINE_BYTES * len(layers) ** 2
+        rows = selection.num_matrices
+        parquet += rows * fixed_row + lists + EXAMPLE_BYTES + CHARACTER_BYTES * characters
+        batch = JOURNAL_BATCH_BYTES / examples_a_batch
+        per_example.append(rows * JOURNAL_ROW_BYTES + lists * 8 / COSINE_BYTES + characters + batch)
+    for begin in range(0, len(per_example), window):
+        journal = max(journal, sum(per_example[begin : begin + window]))
+        parquet += 2 * FILE_BYTES
+    return DiskPrediction(int(parquet), int(journal))
+
+
+def memory_at_hand() -> int | None:
+    """Bytes for weights and work space: the device's limit, or what this machine has available.
+
+    None where neither is told. On a CPU what this process holds already is not in it.
+    """
+    if jax.default_backend() == "cpu":
+        return _machine_memory()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def _machine_memory(root: Path = Path("/")) -> int | None:
+    """Available memory of the machine or of the control group, whichever is less.
+
+    Args:
+        root: where /proc and /sys stand (another one in tests).
+    """
+    found = []
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        group = root / "sys/fs/cgroup"
+        limit = (group / "memory.max").read_text().strip()  # "max" where there is none
+        if limit.isdigit():
+            used = int((group / "memory.current").read_text())
+            # Cached files count as used, but are given back.
+            for line in (group / "memory.stat").read_text().splitlines():
+                if line.startswith("inactive_file "):
+                    used -= int(line.split()[1])
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError, IndexError):
+        pass
+    if found:
+        return min(found)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def choose_batch_tokens(
+    config: DecoderConfig,
+    dtype: str,
+    settings: MeasureSettings,
+    sizes: Iterable[tuple[int, int]],
+    *,
+    default: int,
+    at_hand: int | None,
+    fixed: bool = False,
+) -> BatchChoice:
+    """The default, halved until every batch fits in 90 % of the memory at hand, or is one example.
+
+    Args:
+        config: the model.
+        dtype: of weights and arithmetic.
+        settings: what is measured.
+        sizes: padded (T, S) of the examples.
+        default: tokens of a batch with memory enough.
+        at_hand: from `memory_at_hand`; None takes the default.
+        fixed: take the default, and only say what it needs.
+    """
+    sizes = set(sizes)
+
+    def needed(batch_tokens: int) -> int:
+        shapes = [BatchShape(max(1, batch_tokens // T), T, S) for T, S in sizes]
+        totals = (predict_memory(config, dtype, settings, shape).total for shape in shapes)
+        return max(totals, default=weight_bytes(config, dtype))
+
+    tokens, smallest = default, min((T for T, _ in sizes), default=1)
+    need = needed(tokens)
+    while not fixed and at_hand is not None and need > USABLE * at_hand and tokens >= 2 * smallest:
+        tokens //= 2
+        need = needed(tokens)
+    return BatchChoice(tokens, default, need, at_hand)
+
+
+def largest_shape(
+    config: DecoderConfig, dtype: str, settings: MeasureSettings, shapes: Iterable[BatchShape]
+) -> MemoryPrediction:
+    """The prediction for the shape that needs most; of equal ones the largest."""
+    predictions = (predict_memory(config, dtype, settings, shape) for shape in shapes)
+    return max(predictions, key=lambda prediction: (prediction.total, prediction.shape))

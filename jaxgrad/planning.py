@@ -1,0 +1,111 @@
+"""What a run and a dry run both settle before anything is measured: tokens, day, size of batches."""
+
+import dataclasses
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgrad.batches import choose_row_shapes
+from jaxgrad.errors import UserError
+from jaxgrad.examples import Example
+from jaxgrad.memory import BatchChoice, choose_batch_tokens, memory_at_hand
+from jaxgrad.models import DecoderConfig
+from jaxgrad.options import AnalyzeOptions
+from jaxgrad.results.store import load_run
+from jaxgrad.run_info import memory_shortage
+from jaxgrad.tokens import TokenizedExample, read_date, tokenize_all
+
+
+def tokenize_examples(
+    tokenizer: Any, config: DecoderConfig, examples: Sequence[Example], options: AnalyzeOptions
+) -> list[TokenizedExample]:
+    """The examples as tokens of this model.
+
+    Raises:
+        UserError: `max_length` exceeds the model's positions, or the tokenizer is not this model's.
+    """
+    if options.max_length > config.max_positions:
+        raise UserError(
+            f"--max_length {options.max_length} exceeds the model's {config.max_positions} "
+            f"positions; give --max_length={config.max_positions} or less"
+        )
+    tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
+    for item in tokenized:
+        # JAX would clamp such an id to the last row of the embedding, in silence.
+        if item.num_tokens and item.token_ids.max() >= config.vocab_size:
+            raise UserError(
+                f"record {item.example.index} has token {item.token_ids.max()}, but the model has "
+                f"only {config.vocab_size} tokens: the tokenizer is not this model's; copy the "
+                "tokenizer's files from where the weights come from"
+            )
+    return tokenized
+
+
+def fit_batches(
+    options: AnalyzeOptions,
+    config: DecoderConfig,
+    tokenized: Sequence[TokenizedExample],
+    *,
+    loaded: int = 0,
+) -> tuple[AnalyzeOptions, BatchChoice]:
+    """The options with their batch_tokens: as they are, or the default lowered to fit the memory.
+
+    Args:
+        options: what to measure.
+        config: the model.
+        tokenized: all examples.
+        loaded: bytes of weights that this process holds already.
+
+    Raises:
+        UserError: not even one example fits on the device. (On a CPU swap may help, so it is not
+            raised there.)
+    """
+    at_hand, on_cpu = memory_at_hand(), jax.default_backend() == "cpu"
+    if at_hand is not None and on_cpu:
+        at_hand += loaded
+    rows = choose_row_shapes(tokenized, max_length=options.max_length)
+    choice = choose_batch_tokens(
+        config,
+        options.dtype,
+        options.settings_for(config),
+        rows,
+        default=options.tokens_of_a_batch,
+        at_hand=at_hand,
+        fixed=options.batch_tokens is not None,
+    )
+    if not choice.fits and not on_cpu and options.batch_tokens is None:
+        raise UserError(
+            f"one example needs {memory_shortage(choice)}; give --dtype=bfloat16, a smaller "
+            "--max_length, fewer --parameters, or no --similarity"
+        )
+    return dataclasses.replace(options, batch_tokens=choice.batch_tokens), choice
+
+
+def recorded_date(output_dir: Path) -> str | None:
+    """The date of the run that stands in a directory; None where there is no run.
+
+    Raises:
+        OutputError: its run.json is damaged.
+    """
+    run = load_run(output_dir)
+    return run["identity"].get("options", {}).get("date") if run else None
+
+
+def recorded_batch_tokens(output_dir: Path) -> int | None:
+    """The batch_tokens of the run that stands in a directory; None where there is no run.
+
+    Raises:
+        OutputError: its run.json is damaged.
+    """
+    run = load_run(output_dir)
+    return run["identity"].get("options", {}).get("batch_tokens") if run else None
+
+
+def date_for(options: AnalyzeOptions, recorded: Iterable[str | None]) -> str:
+    """The day that chat templates print: as asked, as in the first run that is there, or today."""
+    if options.date is not None:
+        return read_date(options.date).isoformat()
+    return next(filter(None, recorded), None) or datetime.date.today().isoformat()
