@@ -265,7 +265,14 @@ def define_compute_flags() -> FlagGroup:
         ["highest", "high", "default"],
         "Of the model's matrix products, on devices that have a choice.",
     )
-    return FlagGroup("Computation", ("batch_tokens", "dtype", "precision"))
+    flags.DEFINE_enum(
+        "layerwise",
+        "auto",
+        ["auto", "yes", "no"],
+        "Reduce each layer inside the backward pass: memory for one layer's factors instead of all, for "
+        "one more forward pass. auto: where the memory is too small otherwise. Not with --similarity.",
+    )
+    return FlagGroup("Computation", ("batch_tokens", "dtype", "precision", "layerwise"))
 
 
 def define_dry_run_flags() -> FlagGroup:

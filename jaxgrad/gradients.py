@@ -178,14 +178,27 @@ def chunked_response_loss(
     return loss(x_SD)
 
 
-def _at(state: nnx.State, path: tuple[str, ...]) -> jax.Array:
+def head_loss(
+    model: Decoder, x_SD: jax.Array, example: ExampleArrays, names: tuple[str, ...]
+) -> jax.Array:
+    """`response_loss` from what the head takes; in chunks where that is more than one.
+
+    Where the head's own gradient is among `names`, its factors are those of all positions at once.
+    """
+    if "lm_head" not in names and x_SD.shape[0] > CHUNK:
+        return chunked_response_loss(model.logits, x_SD, example)
+    return response_loss(model.logits(x_SD), example.labels_S, example.weights_S)
+
+
+def value_at(state: nnx.State, path: tuple[str, ...]) -> jax.Array:
+    """The array at a path."""
     node: Any = state
     for name in path:
         node = node[name]
     return node.get_value()
 
 
-def _num_tokens(example: ExampleArrays) -> jax.Array:
+def num_live_tokens(example: ExampleArrays) -> jax.Array:
     """Tokens without padding: a response ends its sequence, and its last token is only a target."""
     return jnp.max(example.positions_S) + 2
 
@@ -193,14 +206,20 @@ def _num_tokens(example: ExampleArrays) -> jax.Array:
 def _tap_zeros(
     graphdef: nnx.GraphDef, state: nnx.State, example: ExampleArrays, names: tuple[str, ...]
 ) -> nnx.State:
+    """A zero for the output of each named projection, in the shape that a forward pass gives it."""
+
     def forward(state: nnx.State, example: ExampleArrays) -> nnx.State:
         # copy=True: the captures are stored on the module, so it must be this trace's own.
         model = nnx.merge(graphdef, state, copy=True)
         run = nnx.capture(model, nnx.Perturbation)
-        return run(example.tokens_T, example.positions_S, _num_tokens(example))[1]
+        return run(example.tokens_T, example.positions_S, num_live_tokens(example))[1]
 
     shapes = jax.eval_shape(forward, state, example)
-    paths = {(*PROJECTIONS[name].module, "output") for name in names}
+    return zeros_at(shapes, {(*PROJECTIONS[name].module, "output") for name in names})
+
+
+def zeros_at(shapes: nnx.State, paths: set[tuple[str, ...]]) -> nnx.State:
+    """Zeros for the entries of `shapes` at these paths."""
     taps = [(path, leaf) for path, leaf in nnx.to_flat_state(shapes) if path in paths]
     zeros = [(path, leaf.replace(jnp.zeros(leaf.shape, leaf.dtype))) for path, leaf in taps]
     return nnx.from_flat_state(zeros)
@@ -236,14 +255,9 @@ def example_gradients(
     chosen = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path in paths])
     rest = nnx.from_flat_state([(path, leaf) for path, leaf in flat if path not in paths])
 
-    # Where the head's own gradient is wanted, its factors are those of all positions at once.
-    chunked = "lm_head" not in names and example.positions_S.shape[0] > CHUNK
-
     def forward(model: Decoder) -> jax.Array:
-        x_SD = model.hidden(example.tokens_T, example.positions_S, _num_tokens(example))
-        if chunked:
-            return chunked_response_loss(model.logits, x_SD, example)
-        return response_loss(model.logits(x_SD), example.labels_S, example.weights_S)
+        x_SD = model.hidden(example.tokens_T, example.positions_S, num_live_tokens(example))
+        return head_loss(model, x_SD, example, names)
 
     def loss(chosen: nnx.State, taps: nnx.State) -> tuple[jax.Array, nnx.State]:
         model = nnx.merge(graphdef, chosen, rest, copy=True)
@@ -254,7 +268,7 @@ def example_gradients(
     (value, captured), (by_weight, by_tap) = differentiate(chosen, taps)
 
     def pick(state: nnx.State, path: tuple[str, ...], stacked: bool) -> jax.Array:
-        array = _at(state, path)
+        array = value_at(state, path)
         return array if stacked else array[None]
 
     places = {name: PROJECTIONS[name] for name in names}

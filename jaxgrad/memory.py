@@ -18,7 +18,6 @@ import numpy as np
 from jaxgrad.batches import BatchShape
 from jaxgrad.dtypes import DTYPES, at_least_float32
 from jaxgrad.gradients import CHUNK
-from jaxgrad.measure import MeasureSettings
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import (
     PROJECTIONS,
@@ -26,6 +25,7 @@ from jaxgrad.models.decoder import (
     named_parameters,
     num_parameters,
 )
+from jaxgrad.reduction import MeasureSettings
 from jaxgrad.spectra import choose_algorithm
 from jaxgrad.spectra.similarity import TILE_ROWS
 
@@ -191,6 +191,10 @@ def predict_memory(
     rows = {name: (T * L if PROJECTIONS[name].stacked else S) for name in names}
     inputs = {PROJECTIONS[name].input: rows[name] * sizes[name][1] for name in names}
     factors = B * (sum(inputs.values()) + sum(rows[n] * sizes[n][0] for n in names)) * active
+    if settings.layerwise:
+        # What each layer takes, and the rest of one layer.
+        residuals = residuals // L + B * L * T * D * active
+        factors = _layerwise_factors(sizes, settings, shape) * active
     head = LOGIT_ARRAYS * B * (S if "lm_head" in names else min(S, CHUNK))
     head *= config.vocab_size * wide
     if settings.method == "dense":
@@ -208,6 +212,17 @@ def predict_memory(
     )
 
 
+def _layerwise_factors(
+    sizes: dict[str, tuple[int, int]], settings: MeasureSettings, shape: BatchShape
+) -> int:
+    """Numbers in the factors of one layer; the head's are there for themselves."""
+    names = settings.selection.names
+    B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
+    inputs = {PROJECTIONS[name].input: sizes[name][1] for name in names if name != "lm_head"}
+    layer = B * T * (sum(inputs.values()) + sum(sizes[n][0] for n in names if n != "lm_head"))
+    return max(layer, B * S * sum(sizes["lm_head"]) if "lm_head" in names else 0)
+
+
 def _reduction(
     config: DecoderConfig, settings: MeasureSettings, shape: BatchShape, backend: str, size: int
 ) -> int:
@@ -219,7 +234,7 @@ def _reduction(
     for name in selection.names:
         num_out, num_in = sizes[name]
         rows = T if PROJECTIONS[name].stacked else shape.num_responses
-        at_once = 1 if backend == "cpu" else len(selection[name])
+        at_once = 1 if backend == "cpu" or settings.layerwise else len(selection[name])
         short, matrix = min(num_out, num_in), num_out * num_in
         algorithm = choose_algorithm(
             rows, num_out, num_in, backend=backend, method=settings.method, is_float64=size == 8

@@ -5,9 +5,10 @@ from typing import Any, Literal
 
 import jax
 
+from jaxgrad.errors import UserError
 from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings, Method
 from jaxgrad.models import DecoderConfig
+from jaxgrad.reduction import MeasureSettings, Method
 from jaxgrad.tokens import Protocol, read_date, uses_chat
 
 # Padded tokens of a batch. On a CPU short examples share the reading of the weights; from 512 tokens on
@@ -23,6 +24,8 @@ class AnalyzeOptions:
         protocol: "paper" (the authors', to compare with) or "clean" (see `tokens`).
         chat: whether the chat template is used; "auto" means where the tokenizer has one.
         parameters: "attention", "mlp", "all", or a regular expression on the weights' names.
+        layerwise: reduce each layer inside the backward pass, with memory for one layer's factors and
+            a second forward pass; "auto" where the memory is too small otherwise.
         batch_tokens: padded tokens of a batch; None for the backend's default.
         date: YYYY-MM-DD, the day that chat templates print which ask for one; None for today, or for
             the day of the run that is continued.
@@ -36,6 +39,7 @@ class AnalyzeOptions:
     spectrum: bool = False
     extremes: bool = False
     similarity: bool = False
+    layerwise: Literal["auto", "yes", "no"] = "auto"
     batch_tokens: int | None = None
     dtype: str = "float32"
     precision: str = "highest"
@@ -55,16 +59,24 @@ class AnalyzeOptions:
         """What is measured of this model.
 
         Raises:
-            UserError: `parameters` selects none of its weights.
+            UserError: `parameters` selects none of its weights, or what is asked for needs all layers
+                at once while `layerwise` is "yes".
         """
-        return MeasureSettings(
+        settings = MeasureSettings(
             selection=select_parameters(config, self.parameters),
             method=self.method,
             spectrum=self.spectrum,
             extremes=self.extremes,
             similarity=self.similarity,
+            layerwise=self.layerwise == "yes",
             precision=self.precision,
         )
+        if settings.layerwise and not settings.can_be_layerwise:
+            raise UserError(
+                "--layerwise=yes does not go with --similarity or --method=dense, which need all layers "
+                "at once; give one or the other"
+            )
+        return settings
 
     @property
     def tokens_of_a_batch(self) -> int:

@@ -29,11 +29,12 @@ from jaxgrad.options import AnalyzeOptions
 from jaxgrad.planning import (
     date_for,
     fit_batches,
-    recorded_batch_tokens,
     recorded_date,
     tokenize_examples,
+    with_recorded_choices,
 )
 from jaxgrad.program import Programs
+from jaxgrad.reduction import MeasureSettings
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.rows import skipped_result
 from jaxgrad.results.store import load_run
@@ -142,6 +143,7 @@ class Session:
         self, model_path: str | None, options: AnalyzeOptions, *, progress: bool = False
     ) -> None:
         self._model_path, self.options, self._progress = model_path, options, progress
+        self._programs: dict[MeasureSettings, Programs] = {}
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
@@ -153,11 +155,13 @@ class Session:
         """The model with its weights."""
         return self.checkpoint.load(self.options.dtype, progress=self._progress)
 
-    @functools.cached_property
-    def programs(self) -> Programs:
-        """The compiled programs."""
+    def programs_for(self, options: AnalyzeOptions) -> Programs:
+        """The programs of a job, kept for the next ones; a job's memory may have settled `layerwise`."""
         config = self.checkpoint.config
-        return Programs(config, self.options.dtype, self.options.settings_for(config))
+        settings = options.settings_for(config)
+        if settings not in self._programs:
+            self._programs[settings] = Programs(config, options.dtype, settings)
+        return self._programs[settings]
 
     def run(self, job: Job, *, say: Callable[[str], None], progress: bool) -> RunSummary:
         """Measure a job, or what is left of it.
@@ -183,13 +187,18 @@ class Session:
         options, choice = fit_batches(options, config, tokenized, loaded=loaded)
         windows = plan_windows(tokenized, options)
         shapes = count_shapes(batch for window in windows for batch in window.batches)
-        programs, before = self.programs, self.programs.tally
+        programs = self.programs_for(options)
+        before = programs.tally
         if shapes:
             settings = options.settings_for(config)
             largest = largest_shape(config, options.dtype, settings, shapes)
             disk = predict_disk(settings, config, sizes_on_disk(tokenized), window=WINDOW)
             account = programs.memory(largest.shape)
-            say(memory_line(account, largest, disk, choice, _program_bytes()))
+            layerwise = settings.layerwise
+            line = memory_line(
+                account, largest, disk, choice, _program_bytes(), layerwise=layerwise
+            )
+            say(line)
             for line in memory_warnings(choice):
                 say(line)
         chat = uses_chat(checkpoint.tokenizer, options.chat)
@@ -201,7 +210,8 @@ class Session:
             f"{len(shapes)} batch shapes (at most {MAX_SHAPES})"
         )
         identity = job.identity | {
-            "options": job.identity["options"] | {"batch_tokens": options.batch_tokens},
+            "options": job.identity["options"]
+            | {"batch_tokens": options.batch_tokens, "layerwise": options.layerwise},
             "model": {
                 "weights_sha256": self.model.fingerprint,
                 "config": dataclasses.asdict(checkpoint.config),
@@ -299,8 +309,7 @@ def plan_job(
     Raises:
         OutputError: the directory cannot be written or holds another run.
     """
-    if options.batch_tokens is None:
-        options = dataclasses.replace(options, batch_tokens=recorded_batch_tokens(output_dir))
+    options = with_recorded_choices(options, output_dir)
     identity = asked_identity(options, start, limit)
     identity["data"]["sha256"] = data.sha256
     RunDirectory.check_compatible(output_dir, identity)
@@ -311,12 +320,13 @@ def plan_job(
 def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
     """What of a run's identity follows from its flags alone.
 
-    A number of batch_tokens that is not given is not in it: it is chosen by the memory at hand, and a
-    run that is there keeps its own.
+    What is not given but chosen by the memory at hand is not in it: a run that is there keeps its own.
     """
     asked = dataclasses.asdict(options)
     if options.batch_tokens is None:
         del asked["batch_tokens"]
+    if options.layerwise == "auto":
+        del asked["layerwise"]
     return {"data": {"start": start, "limit": limit}, "options": asked, "window": WINDOW}
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -51,7 +51,10 @@ def fit_batches(
     *,
     loaded: int = 0,
 ) -> tuple[AnalyzeOptions, BatchChoice]:
-    """The options with their batch_tokens: as they are, or the default lowered to fit the memory.
+    """The options with what depends on the memory settled.
+
+    `batch_tokens` is the default, lowered to fit; `layerwise` is "yes" where one example with all layers'
+    factors does not fit.
 
     Args:
         options: what to measure.
@@ -67,21 +70,30 @@ def fit_batches(
     if at_hand is not None and on_cpu:
         at_hand += loaded
     rows = choose_row_shapes(tokenized, max_length=options.max_length)
-    choice = choose_batch_tokens(
-        config,
-        options.dtype,
-        options.settings_for(config),
-        rows,
-        default=options.tokens_of_a_batch,
-        at_hand=at_hand,
-        fixed=options.batch_tokens is not None,
-    )
+
+    def choose(layerwise: Literal["yes", "no"]) -> BatchChoice:
+        return choose_batch_tokens(
+            config,
+            options.dtype,
+            dataclasses.replace(options, layerwise=layerwise).settings_for(config),
+            rows,
+            default=options.tokens_of_a_batch,
+            at_hand=at_hand,
+            fixed=options.batch_tokens is not None,
+        )
+
+    layerwise: Literal["yes", "no"] = "yes" if options.layerwise == "yes" else "no"
+    choice = choose(layerwise)
+    may_be = options.layerwise == "auto" and options.settings_for(config).can_be_layerwise
+    if not choice.fits and may_be:
+        layerwise, choice = "yes", choose("yes")
     if not choice.fits and not on_cpu and options.batch_tokens is None:
         raise UserError(
             f"one example needs {memory_shortage(choice)}; give --dtype=bfloat16, a smaller "
             "--max_length, fewer --parameters, or no --similarity"
         )
-    return dataclasses.replace(options, batch_tokens=choice.batch_tokens), choice
+    settled = dataclasses.replace(options, batch_tokens=choice.batch_tokens, layerwise=layerwise)
+    return settled, choice
 
 
 def recorded_date(output_dir: Path) -> str | None:
@@ -94,14 +106,21 @@ def recorded_date(output_dir: Path) -> str | None:
     return run["identity"].get("options", {}).get("date") if run else None
 
 
-def recorded_batch_tokens(output_dir: Path) -> int | None:
-    """The batch_tokens of the run that stands in a directory; None where there is no run.
+def with_recorded_choices(options: AnalyzeOptions, output_dir: Path) -> AnalyzeOptions:
+    """The options with what was chosen by memory for the run that stands in a directory, if any.
+
+    A run is continued as it was begun, also where other memory is at hand.
 
     Raises:
         OutputError: its run.json is damaged.
     """
     run = load_run(output_dir)
-    return run["identity"].get("options", {}).get("batch_tokens") if run else None
+    recorded = run["identity"].get("options", {}) if run else {}
+    if options.batch_tokens is None:
+        options = dataclasses.replace(options, batch_tokens=recorded.get("batch_tokens"))
+    if options.layerwise == "auto" and recorded.get("layerwise") in ("yes", "no"):
+        options = dataclasses.replace(options, layerwise=recorded["layerwise"])
+    return options
 
 
 def date_for(options: AnalyzeOptions, recorded: Iterable[str | None]) -> str:

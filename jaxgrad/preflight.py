@@ -22,9 +22,9 @@ from jaxgrad.pipeline import WINDOW, Session, Window, plan_windows
 from jaxgrad.planning import (
     date_for,
     fit_batches,
-    recorded_batch_tokens,
     recorded_date,
     tokenize_examples,
+    with_recorded_choices,
 )
 from jaxgrad.run_info import memory_line, memory_warnings, model_line, resident_bytes, sizes_on_disk
 from jaxgrad.tokens import TokenizedExample, uses_chat
@@ -92,19 +92,21 @@ def dry_run(
             place /= Path(path).stem
         recorded = None if place is None else recorded_date(place)
         own = dataclasses.replace(options, date=date_for(options, [recorded]))
-        if place is not None and options.batch_tokens is None:
-            own = dataclasses.replace(own, batch_tokens=recorded_batch_tokens(place))
+        if place is not None:
+            own = with_recorded_choices(own, place)
         checkpoint = session.checkpoint
-        config, settings = checkpoint.config, own.settings_for(checkpoint.config)
+        config = checkpoint.config
         tokenized = tokenize_examples(checkpoint.tokenizer, config, data.examples, own)
         own, choice = fit_batches(own, config, tokenized)
+        settings = own.settings_for(config)
         windows = plan_windows(tokenized, own)
         shapes = count_shapes(batch for window in windows for batch in window.batches)
         measured = [item for item in tokenized if item.measurable]
         largest = largest_shape(config, own.dtype, settings, shapes) if shapes else None
         disk = predict_disk(settings, config, sizes_on_disk(tokenized), window=WINDOW)
         if largest is not None:
-            say(memory_line(largest, largest, disk, choice, resident_bytes()))
+            needs = largest, largest, disk, choice, resident_bytes()
+            say(memory_line(*needs, layerwise=settings.layerwise))
         for line in memory_warnings(choice):
             say(line)
         per_example = settings.selection.num_matrices
@@ -124,7 +126,7 @@ def dry_run(
             say(f"  {count} x ({shape.num_examples} x {shape.num_tokens} x {shape.num_responses})")
         seconds = None
         if calibrate and shapes:
-            seconds = _estimate_seconds(session, windows, len(shapes), say)
+            seconds = _estimate_seconds(session, own, windows, len(shapes), say)
         found.append(
             Preflight(
                 num_examples=len(tokenized),
@@ -160,7 +162,11 @@ def _token_lines(tokenized: Sequence[TokenizedExample]) -> list[str]:
 
 
 def _estimate_seconds(
-    session: Session, windows: Sequence[Window], num_shapes: int, say: Callable[[str], None]
+    session: Session,
+    options: AnalyzeOptions,
+    windows: Sequence[Window],
+    num_shapes: int,
+    say: Callable[[str], None],
 ) -> float:
     """Seconds of the whole run, from the batch of the median size, by padded tokens."""
 
@@ -172,7 +178,7 @@ def _estimate_seconds(
         key=lambda pair: tokens(pair[1]),
     )
     window, batch = plan[len(plan) // 2]
-    programs, state = session.programs, session.model.state
+    programs, state = session.programs_for(options), session.model.state
     arrays = batch_arrays(batch, window.tokenized)
     before = programs.tally.seconds
     programs.measure(state, batch.shape, arrays)  # compiles

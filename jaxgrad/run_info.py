@@ -72,6 +72,8 @@ def memory_line(
     disk: DiskPrediction,
     choice: BatchChoice,
     program: int,
+    *,
+    layerwise: bool = False,
 ) -> str:
     """What the run will need: weights, the largest batch's work space, on a CPU the program, and disk.
 
@@ -81,6 +83,7 @@ def memory_line(
         disk: what the run writes.
         choice: of batch_tokens.
         program: `resident_bytes` before the weights are there.
+        layerwise: whether the factors are one layer's at a time.
     """
     shape = plan.shape
     # A batch that had to be halved to compile has less of the factors.
@@ -95,6 +98,8 @@ def memory_line(
         text += f" = {_size(plan.total)} on the device"
     else:
         text += f" + {_size(program)} program = {_size(plan.total + program)} planned"
+    if layerwise:
+        text += "; layers are reduced one by one in the backward pass"
     text += f"; disk: {_size(disk.parquet)} + {_size(disk.journal)} journal"
     if choice.batch_tokens != choice.default and choice.at_hand is not None:
         text += (

@@ -235,18 +235,31 @@ class Decoder(nnx.Module):
             num_tokens: tokens without the padding, an int32 scalar; None for T. Read only where
                 the rope depends on it (`Rope.depends_on_length`).
         """
-        config = self.config
-        x_TD = _scaled(self.embedding[...][tokens_T], config.embedding_scale)
-        if self.position_embedding is not None:
-            x_TD = x_TD + self.position_embedding[...][: tokens_T.shape[0]]
-        dtype = np.dtype(at_least_float32(x_TD.dtype))
-        tables, per_layer = layer_tables(config, tokens_T.shape[0], num_tokens, dtype)
+        x_TD = self.embed(tokens_T)
+        tables, places = self.tables(x_TD, num_tokens)
         scan = nnx.scan(
             lambda layer, place, x_TD: layer(x_TD, tables(place)),
             in_axes=(0, 0, nnx.Carry),
             out_axes=nnx.Carry,
         )
-        x_TD = scan(self.layers, per_layer, x_TD)
+        return self.at_positions(scan(self.layers, places, x_TD), positions_S)
+
+    def embed(self, tokens_T: jax.Array) -> jax.Array:
+        """What the first layer takes, [T, D]."""
+        x_TD = _scaled(self.embedding[...][tokens_T], self.config.embedding_scale)
+        if self.position_embedding is not None:
+            x_TD = x_TD + self.position_embedding[...][: tokens_T.shape[0]]
+        return x_TD
+
+    def tables(
+        self, x_TD: jax.Array, num_tokens: jax.Array | None
+    ) -> tuple[Callable[[dict[str, jax.Array]], AttentionTables], dict[str, jax.Array]]:
+        """See `layer_tables`."""
+        dtype = np.dtype(at_least_float32(x_TD.dtype))
+        return layer_tables(self.config, x_TD.shape[0], num_tokens, dtype)
+
+    def at_positions(self, x_TD: jax.Array, positions_S: jax.Array) -> jax.Array:
+        """From what the last layer gives to what the head takes, [S, D]."""
         return self.final_norm(x_TD[positions_S])
 
     def logits(self, x_SD: jax.Array) -> jax.Array:

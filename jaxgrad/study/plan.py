@@ -166,6 +166,8 @@ def _forget_the_machine(asked: dict[str, Any], options: AnalyzeOptions) -> None:
     for name in ("batch_tokens", "date"):
         if getattr(options, name) is None:
             asked["options"].pop(name, None)
+    if options.layerwise == "auto":
+        asked["options"].pop("layerwise", None)
 
 
 def _read(config: StudyConfig, file: str) -> DataSet | str:
