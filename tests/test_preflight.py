@@ -64,7 +64,8 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     assert (found.num_examples, found.num_measured) == (6, 5)
     assert found.num_matrices == 5 * 3  # q of three layers
-    assert sum(found.shapes.values()) == 5 and found.seconds is None
+    # One batch holds all five.
+    assert sum(found.shapes.values()) == 1 and found.seconds is None
     assert found.memory.total == found.choice.needed
     assert lines[0].startswith("memory: ") and " disk: " in lines[0]
     assert "15 in all" in lines[1] and "1 skipped" in lines[4]

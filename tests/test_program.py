@@ -78,7 +78,8 @@ def test_the_memory_plan_counts_weights_exactly_and_grows_with_the_batch():
     small, large = (programs.memory(BatchShape(1, T, 4)) for T in (8, 64))
     assert small.weights == large.weights == num_parameters(CONFIG) * 4
     assert 0 < small.work_space < large.work_space
-    assert large.total == large.weights + large.work_space
+    # On a CPU two batches are in flight.
+    assert large.total == large.weights + 2 * large.work_space
 
 
 def batch_of(lengths):

@@ -12,6 +12,7 @@ from jax.errors import JaxRuntimeError
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
+from jaxgrad import stream
 from jaxgrad.analysis import Resampling
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.models.load import Checkpoint
@@ -27,6 +28,7 @@ data_root = "data"
 
 [analyze]
 max_length = 48
+batch_tokens = 1
 limit = 3
 date = "2024-02-29"
 
@@ -116,6 +118,7 @@ def measured(monkeypatch):
         return original(self, *arguments)
 
     monkeypatch.setattr(Programs, "measure", measure)
+    monkeypatch.setattr(stream, "batches_in_flight", lambda: 1)  # so that the order is certain
     return counted
 
 
