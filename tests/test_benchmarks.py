@@ -74,6 +74,7 @@ def check_line(line, name):
         assert row["ratios"] and all(ratio > 0 for ratio in row["ratios"].values())
 
 
+@pytest.mark.slow
 def test_end_to_end_on_random_models_and_its_figure(outputs, tmp_path):
     line, out = outputs["end_to_end"]
     check_line(line, "end_to_end")
@@ -94,6 +95,7 @@ def test_end_to_end_on_random_models_and_its_figure(outputs, tmp_path):
     assert "SmolLM2-135M" in figure.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_overhead(outputs):
     line, _ = outputs["overhead"]
     check_line(line, "overhead")
@@ -104,6 +106,7 @@ def test_overhead(outputs):
     assert row["examples"] == 3 and set(row["compile_seconds"]) == {"measure", "taps", "weights"}
 
 
+@pytest.mark.slow
 def test_spectra(outputs):
     line, out = outputs["spectra"]
     check_line(line, "spectra")

@@ -309,7 +309,8 @@ def test_memory_that_does_not_suffice(home, tmp_path, reports, monkeypatch, wher
     monkeypatch.setattr(*where, fail)
     with pytest.raises(UserError, match="memory is too small"):
         run(home, tmp_path / "out")
-    assert len(tried) == 2
+    # Of a cell's three batches the next may have begun before the first one's error is seen.
+    assert 2 <= len(tried) <= (6 if where[0] is Programs else 2)
 
 
 def test_another_error_of_the_device_is_a_bug_and_stops(home, tmp_path, monkeypatch):
