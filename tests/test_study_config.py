@@ -42,14 +42,27 @@ def test_every_key_arrives(tmp_path):
     text = text.replace(
         "#\n",
         'protocol = "clean"\nchat = "no"\nmax_length = 7\nparameters = "mlp"\nmethod = "dense"\n'
-        'spectrum = true\nextremes = true\nsimilarity = true\nbatch_tokens = 3\ndtype = "float64"\n'
+        'spectrum = true\nextremes = true\nsimilarity = true\nlayerwise = "no"\n'
+        'batch_tokens = 3\ndtype = "float64"\n'
         'precision = "high"\ndate = "2024-02-29"\nstart = 2\nlimit = 5\ninstruction_field = "a"\n'
         'input_field = "b"\noutput_field = "c"\n',
         1,
     ).replace("#R\n", "level = 0.9\nnum_resamples = 300\nnum_permutations = 900\nseed = 4\n")
     config = read(tmp_path, text)
     expected = AnalyzeOptions(
-        "clean", "no", 7, "mlp", "dense", True, True, True, 3, "float64", "high", "2024-02-29"
+        protocol="clean",
+        chat="no",
+        max_length=7,
+        parameters="mlp",
+        method="dense",
+        spectrum=True,
+        extremes=True,
+        similarity=True,
+        layerwise="no",
+        batch_tokens=3,
+        dtype="float64",
+        precision="high",
+        date="2024-02-29",
     )
     assert config.options == expected
     assert (config.start, config.limit, config.fields) == (2, 5, Fields("a", "b", "c"))
