@@ -23,8 +23,11 @@ def use_huge_pages() -> None:
 
     XLA takes new memory for every batch and reads all weights twice: with pages of 4 KB a fifth of the
     time of a short example goes into page faults and look-ups (BUILD_NOTES.md). Other systems ignore it.
+    Nothing happens where this is imported into another program, which a new start would lose.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    is_ours = main.resolve().parent in (ROOT / "bin", ROOT / "benchmarks")
+    if is_ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.argv])
 

@@ -243,7 +243,7 @@ def _reduction(
             "qr": (2 * rows * (num_out + num_in) + 3 * rows * rows) * wide,
             "gram": (rows * (num_out + num_in) + 4 * rows * rows) * 8,
             "build": 3 * matrix * wide,
-            "build_gram": matrix * (wide + 8) + 3 * short * short * 8,
+            "build_gram": (rows * (num_out + num_in) + 2 * matrix + 3 * short * short) * 8,
         }["build" if settings.method == "dense" else algorithm]
         most = max(most, B * at_once * work)
     if settings.similarity:

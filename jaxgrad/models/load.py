@@ -42,7 +42,7 @@ class LoadedModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state))
 
 
 @dataclasses.dataclass(frozen=True)
