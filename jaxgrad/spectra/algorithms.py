@@ -7,8 +7,8 @@
 | build | G itself, values on its short side | 9e-7, 1e-5 in float32; 600 equal tokens: 1.4e-5, 2e-4 |
 | build_gram | G in float64, eigenvalues of its Gram matrix on the short side | 2e-7, 4e-6; 1.1e-6, 2.1e-5 |
 
-The errors are against float64 singular values, on real factors. `build` is for float64 and for TPUs. Float32 Gram matrices lose the tail
-(7e-3 on the nuclear norm) and are not offered.
+The errors are against float64 singular values, on real factors. `build` is for float64 and for TPUs.
+Float32 Gram matrices lose the tail (7e-3 on the nuclear norm) and are not offered.
 """
 
 from typing import Literal
