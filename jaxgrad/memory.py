@@ -262,7 +262,7 @@ def predict_disk(
     examples: Sequence[tuple[int, int]],
     *,
     window: int,
-    examples_a_batch: int = 1,
+    examples_a_batch: float = 1,
 ) -> DiskPrediction:
     """What a run writes.
 
@@ -271,7 +271,7 @@ def predict_disk(
         config: the model.
         examples: tokens, and characters of the texts, of every example that will be measured.
         window: examples that become one part file.
-        examples_a_batch: how many share a file of the journal.
+        examples_a_batch: how many share a file of the journal, on average.
     """
     sizes, selection = projection_sizes(config), settings.selection
     fixed_row = ROW_BYTES + EXTREMES_BYTES * settings.extremes

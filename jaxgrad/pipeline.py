@@ -192,7 +192,14 @@ class Session:
         if shapes:
             settings = options.settings_for(config)
             largest = largest_shape(config, options.dtype, settings, shapes)
-            disk = predict_disk(settings, config, sizes_on_disk(tokenized), window=WINDOW)
+            on_disk = sizes_on_disk(tokenized)
+            disk = predict_disk(
+                settings,
+                config,
+                on_disk,
+                window=WINDOW,
+                examples_a_batch=len(on_disk) / sum(shapes.values()),
+            )
             account = programs.memory(largest.shape)
             layerwise = settings.layerwise
             line = memory_line(

@@ -103,7 +103,13 @@ def dry_run(
         shapes = count_shapes(batch for window in windows for batch in window.batches)
         measured = [item for item in tokenized if item.measurable]
         largest = largest_shape(config, own.dtype, settings, shapes) if shapes else None
-        disk = predict_disk(settings, config, sizes_on_disk(tokenized), window=WINDOW)
+        disk = predict_disk(
+            settings,
+            config,
+            sizes_on_disk(tokenized),
+            window=WINDOW,
+            examples_a_batch=len(measured) / max(1, sum(shapes.values())),
+        )
         if largest is not None:
             needs = largest, largest, disk, choice, resident_bytes()
             say(memory_line(*needs, layerwise=settings.layerwise))
