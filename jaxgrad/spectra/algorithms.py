@@ -57,7 +57,7 @@ def choose_algorithm(
     prefers_gram = backend == "gpu" or (backend == "cpu" and gram_is_faster)
     prefers_gram = prefers_gram and not is_float64
     short, long = sorted((num_out, num_in))
-    if method == "factored" or num_tokens < short:
+    if method == "factored" or num_tokens <= short:
         return "gram" if prefers_gram else "qr"
     if is_float64 or backend == "tpu":
         return "build"
