@@ -248,9 +248,24 @@ def save(figure: Figure, directory: Path, name: str, title: str) -> tuple[Path, 
     """
     svg, png = directory / f"{name}.svg", directory / f"{name}.png"
     title = shortened(title, 200)
+    _place(figure)
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Title": title})
-    # The panels have their places now: finding them is most of the time.
-    figure.set_layout_engine("none")
     FigureCanvasAgg(figure)
     figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Title": title})
     return svg, png
+
+
+def _place(figure: Figure) -> None:
+    """Gives the panels their places, once for both files: finding them is most of the time.
+
+    Rounded, for the layout's last bits differ from one time to the next (its solver's terms have the
+    order of their addresses), and the ids of clipping in an SVG are hashes of all bits.
+    """
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    figure.set_dpi(72)  # as in an SVG
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = axes.get_position(original=True).bounds
+        axes.set_position((round(left, 7), round(bottom, 7), round(width, 7), round(height, 7)))
