@@ -70,13 +70,25 @@ def run(
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {after_interrupt}", file=sys.stderr)
-            sys.stderr.flush()
-            # XLA's threads may still be at work on a batch; waiting for it is not what Ctrl-C asks.
-            os._exit(INTERRUPTED)
+            _end_interrupted(after_interrupt)
 
+    def unraisable(failure: Any) -> None:
+        # Ctrl-C that arrives inside a destructor or a callback of the garbage collector (JAX has one)
+        # is printed by Python and forgotten, and the program would go on.
+        if isinstance(failure.exc_value, KeyboardInterrupt):
+            _end_interrupted(after_interrupt)
+        sys.__unraisablehook__(failure)
+
+    sys.unraisablehook = unraisable
     app.run(guarded, flags_parser=parse)
     raise AssertionError("app.run always exits")
+
+
+def _end_interrupted(after_interrupt: str) -> NoReturn:
+    print(f"\ninterrupted: {after_interrupt}", file=sys.stderr)
+    sys.stderr.flush()
+    # XLA's threads may still be at work on a batch; waiting for it is not what Ctrl-C asks.
+    os._exit(INTERRUPTED)
 
 
 def _flag_for_each(arguments: list[str], name: str | None) -> list[str]:

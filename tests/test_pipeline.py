@@ -231,8 +231,16 @@ def start_analyze(model_dir, data_path, output_dir):
     )
 
 
+@pytest.fixture
+def interruptible():
+    """Children obey SIGINT, also where a shell started the tests in the background, ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle_and_started_again(model_dir, tmp_path, how):
+def test_killed_in_the_middle_and_started_again(model_dir, tmp_path, how, interruptible):
     data_path = tmp_path / "data.json"
     data_path.write_text(json.dumps(records(250)))
     calm, output_dir = tmp_path / "calm", tmp_path / "killed"
