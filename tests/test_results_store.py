@@ -23,6 +23,7 @@ from jaxgrad.results import (
     matrices_table,
     read_results,
 )
+from jaxgrad.results.files import temporary_path
 
 IDENTITY = {"model": {"hash": "ab12", "dtype": "float32"}, "window": 7, "protocol": "paper"}
 INFO = {"version": "0.1.0", "device": "cpu"}
@@ -345,7 +346,7 @@ def test_a_full_disk_loses_nothing(tmp_path, undisturbed):
     run = RunDirectory.open(path, IDENTITY, INFO)
     run.write_batch(0, 0, [measured(index) for index in PLAN[0][0]])
     # The next file's temporary is a device that is always full: the writes fail for real.
-    (path / "journal/.window-00000-batch-00001.batch.tmp").symlink_to("/dev/full")
+    temporary_path(path / "journal/window-00000-batch-00001.batch").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"disk is full.*Nothing written before is lost.*same"):
         run.write_batch(0, 1, [measured(index) for index in PLAN[0][1]])
     assert not run.batch_done(0, 1) and len(os.listdir(path / "journal")) == 1

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +36,8 @@ def write_error(path: Path, error: OSError) -> OutputError:
 
 
 def temporary_path(path: Path) -> Path:
-    """The name under which a file is written before it gets its own."""
-    return path.with_name(f".{path.name}.tmp")
+    """The name under which a file is written before it gets its own; each process has one of its own."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def sync_folder(path: Path) -> None:

@@ -10,7 +10,7 @@ own name is whole. What a kill between two steps leaves, and what `RunDirectory.
 
 | killed | on the disk | afterwards |
 |---|---|---|
-| while a file is written | its temporary (`.name.tmp`) | removed; the file counts as not written |
+| while a file is written | its temporary (`.name.HOST-PID.tmp`) | removed; the file counts as not written |
 | before the first run.json | an empty D, or the temporary alone | a new run |
 | before examples/ ... journal/ | run.json alone | the folders are made |
 | between two batches | the journal's batches | the others are computed |
@@ -41,7 +41,6 @@ from jaxgrad.results.files import (
     remove_files,
     sync_folder,
     temporaries_in,
-    temporary_path,
     unlock_folder,
     write_error,
 )
@@ -160,8 +159,8 @@ def _refuse_other_run(
 def _refuse_foreign_folder(path: Path) -> None:
     """Refuses a folder with files but no run.json: nothing of the user's may be mixed with ours."""
     # A kill during the very first write leaves its temporary alone in D.
-    own = temporary_path(path / "run.json").name
-    names = [name for name in names_in(path) if name != own]
+    own = {file.name for file in temporaries_in(path) if file.name.startswith(".run.json.")}
+    names = [name for name in names_in(path) if name not in own]
     if names:
         raise OutputError(
             f"{path} is not empty and holds no run (no run.json; it has {names[0]}). "
@@ -196,22 +195,41 @@ class RunDirectory:
         self.run = run
 
     @classmethod
-    def open(cls, path: str | Path, identity: dict[str, Any], info: dict[str, Any]) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        identity: dict[str, Any],
+        info: dict[str, Any],
+        *,
+        leads: bool = True,
+    ) -> Self:
         """Starts a run in D, or continues the one that is there.
 
-        A finished run of the same identity is returned as it is; nothing in it is touched.
+        A finished run of the same identity is returned as it is; nothing in it is touched. Of several
+        processes that write one run, one leads: it holds the lock, notes the session and puts in order
+        what a killed one left. The others open D when it has done so.
 
         Args:
             path: D; made when it is not there.
             identity: What the numbers depend on, JSON-able; compared key by key.
             info: What may differ between sessions (versions, device, command); noted in `sessions`.
+            leads: Whether this process is the one that leads.
 
         Raises:
             OutputError: D cannot be made or written, is not empty and not a run, holds a damaged
-                run.json or a run of another identity, or another process is writing it.
+                run.json or a run of another identity, or another process is writing it. One that does
+                not lead finds no run.
         """
         path = Path(path)
         identity = _json_copy(identity)
+        if not leads:
+            run = load_run(path)
+            if run is None:
+                raise OutputError(
+                    f"{path} holds no run that process 0 began. Give every process one shared --output_dir."
+                )
+            _refuse_other_run(path, run["identity"], identity)
+            return cls(path, run)
         try:
             os.makedirs(path, exist_ok=True)
             lock_folder(path)
