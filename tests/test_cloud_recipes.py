@@ -403,24 +403,23 @@ def test_jax_gets_every_gpu_of_a_slurm_node(stubs):
 
 # tpu_vm.sh
 
-# A cloud of one zone: a queued resource is ACTIVE once it was created, its VM answers with the codes of
-# its runs, one a VM; "gone" is a VM that is taken away while it runs.
+# A cloud of one zone: a queued resource is ACTIVE once it was created, and its VM answers with the code of
+# its run, a line of `runs` each. "never": the request comes to nothing. The others are VMs that answer
+# once: "gone" and "taken" are preempted (seen at the request, at the node), "lost" stops answering.
 GCLOUD = """
 vms="$HERE/vms" runs="$HERE/runs"
+run="$(sed -n "$(wc -l <"$vms")p" "$runs")" turn="$HERE/asked.$(wc -l <"$vms")"
 case "$*" in
   *queued-resources\\ create*) [ -z "$REFUSED" ] || exit 1; echo >>"$vms" ;;
   *queued-resources\\ delete*) exit "${DELETE_CODE:-0}" ;;
   *queued-resources\\ describe*)
-    if [ "$(sed -n "$(wc -l <"$vms")p" "$runs")" = never ]; then echo FAILED
-    elif [ -e "$HERE/asked.$(wc -l <"$vms")" ] &&
-      [ "$(sed -n "$(wc -l <"$vms")p" "$runs")" = gone ]; then echo SUSPENDED
+    if [ "$run" = never ]; then echo FAILED
+    elif [ "$run" = gone ] && [ -e "$turn" ]; then echo SUSPENDED
     else echo ACTIVE; fi ;;
-  *tpu-vm\\ describe*) echo READY ;;
+  *tpu-vm\\ describe*) [ "$run" = taken ] && echo PREEMPTED || echo READY ;;
   *"cat exit_code"*)
-    turn="$HERE/asked.$(wc -l <"$vms")"
     if [ ! -e "$turn" ]; then touch "$turn"; echo running; exit; fi
-    run="$(sed -n "$(wc -l <"$vms")p" "$runs")"
-    [ "$run" != gone ] || exit 255
+    case "$run" in gone | taken | lost) exit 255 ;; esac
     echo "$run" ;;
   *tpu-vm\\ scp*) cp $(tr ' ' '\\n' <<<"$*" | grep -e tar.gz -e run.sh) "$HERE" ;;
   *"uv pip install"*) exit "${INSTALL_CODE:-0}" ;;
@@ -461,6 +460,7 @@ def steps(stubs: Stubs) -> list[str]:
         ([0], 0, 1),
         (["gone", 0], 0, 2),
         (["gone", RUN_AGAIN, PEER_DIED, 0], 0, 4),
+        (["taken", "lost", 0], 0, 3),
         (["never", 0], 0, 2),
         ([BAD_INPUT], BAD_INPUT, 1),
         (["gone", BAD_INPUT], BAD_INPUT, 2),
@@ -616,6 +616,7 @@ def test_skypilot_recovers_by_the_program_s_codes():
 @pytest.mark.parametrize("code", [0, RUN_AGAIN, PEER_DIED, BAD_INPUT])
 def test_skypilot_s_run_ends_with_the_program_s_code(stubs, code):
     task = read_yaml(SKYPILOT)
+    assert task["run"].startswith("exec "), "a shell between would keep signals to itself"
     stubs.codes("python", [code])
     (stubs.directory / ".venv" / "bin").mkdir(parents=True)
     (stubs.bin / "python").rename(stubs.directory / ".venv" / "bin" / "python")
