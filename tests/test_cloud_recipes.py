@@ -204,10 +204,10 @@ def test_run_until_done_hands_a_signal_on_and_waits_for_the_batch(stubs, sent, c
         f"echo ready >>{stubs.log}\n"
         "while :; do sleep 0.05; done",
     )
-    process = stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="0")
-    stubs.wait_for("ready")
-    process.send_signal(sent)
-    assert process.wait(20) == code
+    with stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="0") as process:
+        stubs.wait_for("ready")
+        process.send_signal(sent)
+        assert process.wait(20) == code
     # Once: the machine is about to go.
     assert stubs.calls == ["analyze", "ready", f"batch finished on {told}"]
 
@@ -226,11 +226,33 @@ def test_sigterm_to_the_command_alone_starts_it_again(stubs):
 
 def test_sigterm_between_two_attempts_ends_the_pause(stubs):
     stubs.codes("analyze", [PEER_DIED])
-    process = stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="30")
-    assert process.stdout is not None
-    assert "attempt 2 of 20 follows" in process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == PEER_DIED
+    with stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="60") as process:
+        assert process.stdout is not None
+        assert "attempt 2 of 20 follows" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == PEER_DIED
+
+
+def test_a_signal_that_everybody_gets_is_not_handed_on(stubs):
+    """The second SIGTERM would end bin/analyze in the middle of its batch."""
+    stubs.add(
+        "analyze",
+        f"trap 'echo told >>{stubs.log}; told=yes' TERM\n"
+        f"echo ready >>{stubs.log}\n"
+        'until [ -n "$told" ]; do sleep 0.05; done; sleep 0.3\n'
+        f"exit {RUN_AGAIN}",
+    )
+    with stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="0", FORWARD="no") as process:
+        stubs.wait_for("ready")
+        (child,) = children(process.pid)
+        process.send_signal(signal.SIGTERM)
+        os.kill(child, signal.SIGTERM)
+        assert process.wait(20) == RUN_AGAIN
+    assert stubs.calls == ["analyze", "ready", "told"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 # slurm.sbatch
@@ -375,8 +397,8 @@ def test_jax_gets_every_gpu_of_a_slurm_node(stubs):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     program = (
-        "import jax; jax.distributed.initialize(); "
-        "print(jax.config.jax_cuda_visible_devices, jax.process_count())"
+        "import jax; jax.distributed.initialize(); from jax._src import xla_bridge; "
+        "print(xla_bridge.CUDA_VISIBLE_DEVICES.value, jax.process_count())"
     )
     stubs.add("srun", SRUN + 'exec "$@"')
     stubs.add("python", f'exec {shlex.quote(sys.executable)} -c "{program}"')
@@ -502,14 +524,11 @@ def test_tpu_vm_is_deleted_when_the_script_is_stopped(stubs, sent, code):
     (stubs.directory / "runs").write_text("running\n")
     (stubs.directory / "vms").touch()
     environment = {"HERE": str(stubs.directory), "PROJECT": "P", "ZONE": "Z", "MODEL": "M"}
-    process = stubs.start(
-        TPU_VM,
-        **environment | {"DATA": str(DATA), "OUTPUT": "gs://B/R", "NAME": "N"},
-        POLL_SECONDS="0.05",
-    )
-    stubs.wait_for("gcloud compute tpus tpu-vm ssh N --command=cat exit_code")
-    process.send_signal(sent)
-    assert process.wait(20) == code
+    environment |= {"DATA": str(DATA), "OUTPUT": "gs://B/R", "NAME": "N", "POLL_SECONDS": "0.05"}
+    with stubs.start(TPU_VM, **environment) as process:
+        stubs.wait_for("gcloud compute tpus tpu-vm ssh N --command=cat exit_code")
+        process.send_signal(sent)
+        assert process.wait(20) == code
     assert steps(stubs) == ["create", "delete"]
 
 
@@ -652,14 +671,17 @@ def test_a_recipe_s_command_really_runs(stubs, known_flags):
         f'exec {shlex.quote(sys.executable)} "${{kept[@]}}"',
     )
 
+    model = write_model(stubs.directory / "tiny")
+
     def run(*flags: str) -> Any:
         return stubs.run(
             "bash",
             SLURM,
             "--dry_run",
             "--chat=no",
+            "--max_length=128",
             *flags,
-            MODEL=str(write_model(stubs.directory / "tiny")),
+            MODEL=str(model),
             DATA=str(DATA),
             OUTPUT=str(stubs.directory / "out"),
             PYTHON="python",

@@ -123,7 +123,7 @@ write_run() {
   {
     echo 'cd && mkdir started || exit 0'
     if [ -n "${HF_TOKEN:-}" ]; then printf 'export HF_TOKEN=%q\n' "$HF_TOKEN"; fi
-    printf '%q ' bash jaxgrad/configs/cloud/run_until_done.sh "${analyze[@]}"
+    printf '%q ' env FORWARD=no bash jaxgrad/configs/cloud/run_until_done.sh "${analyze[@]}"
     printf '>analyze.log 2>&1\necho $? >exit_code.new && mv exit_code.new exit_code\n'
   } >"$WORK/run.sh"
 }
