@@ -4,6 +4,7 @@ Their control flow is really executed: small shell scripts on PATH stand in for 
 others, record what they were asked, and end with the codes that a test chose.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ UNTIL_DONE, SLURM, TPU_VM = (
 SHELL = (UNTIL_DONE, SLURM, TPU_VM)
 JOBSET, SKYPILOT = (CLOUD / name for name in ("gke_tpu_jobset.yaml", "skypilot.yaml"))
 DATA = ROOT / "configs" / "demo" / "none.json"
+# What a stand-in does until a signal comes; it ends by itself, should none come.
+WAIT = "for _ in {1..400}; do sleep 0.05; done"
 
 
 @pytest.fixture
@@ -77,20 +81,25 @@ class Stubs:
             check=False,
         )
 
-    def start(self, *command: str | Path, **environment: str) -> "subprocess.Popen[str]":
+    @contextlib.contextmanager
+    def start(self, *command: str | Path, **environment: str) -> Iterator["subprocess.Popen[str]"]:
         # Bash cannot trap a signal that was ignored when it began, as SIGINT is in a background shell.
         listening = (
             "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
             "os.execvp(sys.argv[1], sys.argv[1:])"
         )
-        return subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", listening, *map(str, command)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             cwd=self.directory,
             env=self.environment(environment),
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def environment(self, more: dict[str, str]) -> dict[str, str]:
         return os.environ | {"PATH": f"{self.bin}:{os.environ['PATH']}"} | more
@@ -201,8 +210,7 @@ def test_run_until_done_hands_a_signal_on_and_waits_for_the_batch(stubs, sent, c
     stubs.add(
         "analyze",
         f"trap 'sleep 0.3; echo batch finished on {told} >>{stubs.log}; exit {code}' {told}\n"
-        f"echo ready >>{stubs.log}\n"
-        "while :; do sleep 0.05; done",
+        f"echo ready >>{stubs.log}\n" + WAIT,
     )
     with stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="0") as process:
         stubs.wait_for("ready")
@@ -217,7 +225,7 @@ def test_sigterm_to_the_command_alone_starts_it_again(stubs):
         "analyze",
         f"[ ! -e {stubs.directory}/second ] || exit 0\n"
         f"touch {stubs.directory}/second\n"
-        f"kill -TERM $$ & trap 'exit {RUN_AGAIN}' TERM; while :; do sleep 0.05; done",
+        f"kill -TERM $$ & trap 'exit {RUN_AGAIN}' TERM; " + WAIT,
     )
     done = stubs.run(UNTIL_DONE, "analyze", RETRY_SECONDS="0")
     assert done.returncode == 0, done.stderr
@@ -239,14 +247,15 @@ def test_a_signal_that_everybody_gets_is_not_handed_on(stubs):
         "analyze",
         f"trap 'echo told >>{stubs.log}; told=yes' TERM\n"
         f"echo ready >>{stubs.log}\n"
-        'until [ -n "$told" ]; do sleep 0.05; done; sleep 0.3\n'
+        'for _ in {1..400}; do [ -z "$told" ] || break; sleep 0.05; done; sleep 0.6\n'
         f"exit {RUN_AGAIN}",
     )
     with stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="0", FORWARD="no") as process:
         stubs.wait_for("ready")
         (child,) = children(process.pid)
-        process.send_signal(signal.SIGTERM)
         os.kill(child, signal.SIGTERM)
+        stubs.wait_for("told")
+        process.send_signal(signal.SIGTERM)
         assert process.wait(20) == RUN_AGAIN
     assert stubs.calls == ["analyze", "ready", "told"]
 
@@ -352,8 +361,7 @@ def test_slurm_s_signals_reach_every_process_and_only_the_program_obeys(stubs):
         stubs.add(
             "analyze",
             f"trap 'sleep 0.3; echo batch finished >>{stubs.log}; exit {RUN_AGAIN}' TERM\n"
-            f"echo ready >>{stubs.log}\n"
-            "while :; do sleep 0.05; done",
+            f"echo ready >>{stubs.log}\n" + WAIT,
         )
         process = subprocess.Popen(
             ["bash", str(SLURM)],
