@@ -302,7 +302,7 @@ def slurm_job(stubs: Stubs, *arguments: str, **environment: str) -> Any:
     [
         ([0, 0], 0, False),
         ([RUN_AGAIN, RUN_AGAIN], RUN_AGAIN, True),
-        ([RUN_AGAIN, PEER_DIED], PEER_DIED, True),
+        ([RUN_AGAIN, PEER_DIED], max(RUN_AGAIN, PEER_DIED), True),
         ([0, PEER_DIED], PEER_DIED, True),
         ([BAD_INPUT, BAD_INPUT], BAD_INPUT, False),
         # One cannot go on, and the others only notice that it has gone.
