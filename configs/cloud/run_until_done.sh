@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs a command until it is done: again after 75 (stopped by SIGTERM) and 76 (a process of its group
+# died), the exit codes with which bin/analyze asks for it; every other code is handed on at once.
+#
+#   command     configs/cloud/run_until_done.sh python3 bin/analyze --data_path=F --output_dir=D
+#   settings    MAX_ATTEMPTS (20), RETRY_SECONDS between two attempts (10), FORWARD (yes)
+#   preemption  A SIGTERM to this script goes on to the command, is waited for, and ends both with 75:
+#               the machine is about to go, so whoever sent it starts again elsewhere. A SIGTERM to the
+#               command alone lets it finish its batch and start anew here. FORWARD=no where SIGTERM goes
+#               to every process anyway, as when a machine shuts down: a second one would end bin/analyze
+#               in the middle of its batch.
+#   costs       none of its own
+set -u
+# The command becomes a process group of its own, so that Ctrl-C reaches it once, through the trap below
+# (a shell without job control makes its background commands deaf to it).
+set -m
+RUN_AGAIN=75 PEER_DIED=76
+MAX_ATTEMPTS="${MAX_ATTEMPTS:-20}" RETRY_SECONDS="${RETRY_SECONDS:-10}" FORWARD="${FORWARD:-yes}"
+
+if [ "$#" -eq 0 ]; then
+  echo "usage: run_until_done.sh COMMAND [ARGUMENT ...]" >&2
+  exit 2
+fi
+
+told_to_stop="" handed_on="" interrupted="" child=""
+hand_on() {
+  handed_on=yes
+  if [ "$told_to_stop" = INT ] || [ "$FORWARD" = yes ]; then
+    kill "-$told_to_stop" "$child" 2>/dev/null
+  fi
+}
+stop() {
+  told_to_stop="$1" interrupted=yes
+  [ -z "$child" ] || hand_on
+}
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+
+for ((attempt = 1; ; attempt++)); do
+  "$@" &
+  child=$!
+  # A signal may have come before the child had a name.
+  if [ -n "$told_to_stop" ] && [ -z "$handed_on" ]; then hand_on; fi
+  # A trap ends `wait` before the command has ended; asked again, it gives the command's code.
+  while :; do
+    interrupted=""
+    wait "$child"
+    code=$?
+    [ -n "$interrupted" ] || break
+  done
+  child=""
+  case "$code" in
+    "$RUN_AGAIN" | "$PEER_DIED") ;;
+    *) exit "$code" ;;
+  esac
+  if [ -n "$told_to_stop" ]; then
+    exit "$code"
+  fi
+  if [ "$attempt" -ge "$MAX_ATTEMPTS" ]; then
+    echo "run_until_done: still code $code after $attempt attempts; giving up" >&2
+    exit "$code"
+  fi
+  echo "run_until_done: code $code, attempt $((attempt + 1)) of $MAX_ATTEMPTS follows" >&2
+  for ((second = 0; second < RETRY_SECONDS; second++)); do
+    [ -z "$told_to_stop" ] || exit "$code"
+    sleep 1
+  done
+done
