@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxgrad.analysis import Resampling
     from jaxgrad.options import AnalyzeOptions
 
-BAD_INPUT, RUN_AGAIN, PEER_DIED, INTERRUPTED = 2, 75, 76, 130
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from checkpoint_files import write_model
 
-from jaxgrad.command_line import BAD_INPUT, PEER_DIED, RUN_AGAIN
+from jaxgrad.errors import BAD_INPUT, LOST_PROCESS, RUN_AGAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOUD = ROOT / "configs" / "cloud"
@@ -142,7 +142,7 @@ def test_headers_say_what_a_user_needs(path):
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_scripts_name_the_codes_as_the_program_does(path):
-    assert f"RUN_AGAIN={RUN_AGAIN} PEER_DIED={PEER_DIED}\n" in path.read_text()
+    assert f"RUN_AGAIN={RUN_AGAIN} LOST_PROCESS={LOST_PROCESS}\n" in path.read_text()
 
 
 def analyze_flags(path: Path) -> set[str]:
@@ -182,7 +182,7 @@ def test_flags_of_recipes_exist(path, known_flags):
     [
         ([0], 0, 1),
         ([RUN_AGAIN, 0], 0, 2),
-        ([PEER_DIED, RUN_AGAIN, PEER_DIED, 0], 0, 4),
+        ([LOST_PROCESS, RUN_AGAIN, LOST_PROCESS, 0], 0, 4),
         ([BAD_INPUT], BAD_INPUT, 1),
         ([RUN_AGAIN, BAD_INPUT], BAD_INPUT, 2),
         ([1], 1, 1),
@@ -233,12 +233,12 @@ def test_sigterm_to_the_command_alone_starts_it_again(stubs):
 
 
 def test_sigterm_between_two_attempts_ends_the_pause(stubs):
-    stubs.codes("analyze", [PEER_DIED])
+    stubs.codes("analyze", [LOST_PROCESS])
     with stubs.start(UNTIL_DONE, "analyze", RETRY_SECONDS="60") as process:
         assert process.stdout is not None
         assert "attempt 2 of 20 follows" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == PEER_DIED
+        assert process.wait(20) == LOST_PROCESS
 
 
 def test_a_signal_that_everybody_gets_is_not_handed_on(stubs):
@@ -302,13 +302,13 @@ def slurm_job(stubs: Stubs, *arguments: str, **environment: str) -> Any:
     [
         ([0, 0], 0, False),
         ([RUN_AGAIN, RUN_AGAIN], RUN_AGAIN, True),
-        ([RUN_AGAIN, PEER_DIED], max(RUN_AGAIN, PEER_DIED), True),
-        ([0, PEER_DIED], PEER_DIED, True),
+        ([RUN_AGAIN, LOST_PROCESS], max(RUN_AGAIN, LOST_PROCESS), True),
+        ([0, LOST_PROCESS], LOST_PROCESS, True),
         ([BAD_INPUT, BAD_INPUT], BAD_INPUT, False),
         # One cannot go on, and the others only notice that it has gone.
-        ([PEER_DIED, BAD_INPUT, PEER_DIED], BAD_INPUT, False),
-        ([1, PEER_DIED], 1, False),
-        ([PEER_DIED, 137], 137, False),
+        ([LOST_PROCESS, BAD_INPUT, LOST_PROCESS], BAD_INPUT, False),
+        ([1, LOST_PROCESS], 1, False),
+        ([LOST_PROCESS, 137], 137, False),
     ],
 )
 def test_slurm_requeues_exactly_what_asks_for_it(stubs, tasks, code, requeued):
@@ -489,7 +489,7 @@ def steps(stubs: Stubs) -> list[str]:
     [
         ([0], 0, 1),
         (["gone", 0], 0, 2),
-        (["gone", RUN_AGAIN, PEER_DIED, 0], 0, 4),
+        (["gone", RUN_AGAIN, LOST_PROCESS, 0], 0, 4),
         (["taken", "lost", 0], 0, 3),
         (["never", 0], 0, 2),
         ([BAD_INPUT], BAD_INPUT, 1),
@@ -597,7 +597,7 @@ def test_jobset_restarts_and_gives_up_by_the_program_s_codes():
     restarted = set(rule["onExitCodes"]["values"])
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
     signals = (signal.SIGABRT, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
-    assert restarted == {RUN_AGAIN, PEER_DIED, *(128 + number for number in signals)}
+    assert restarted == {RUN_AGAIN, LOST_PROCESS, *(128 + number for number in signals)}
     assert BAD_INPUT not in restarted and 1 not in restarted
     # Values stand in order, as the API server asks, and the rule is about the container that is there.
     assert rule["onExitCodes"]["values"] == sorted(restarted)
@@ -627,7 +627,7 @@ def test_jobset_is_one_indexed_job_over_the_hosts_of_its_slice():
 
     assert {"containerPort": int(cloud_tpu_cluster.coordinator_port)} in container["ports"]
     header = JOBSET.read_text()
-    assert f"--restart-on-exit-codes={RUN_AGAIN},{PEER_DIED}" in header
+    assert f"--restart-on-exit-codes={RUN_AGAIN},{LOST_PROCESS}" in header
     assert f"--tpu-type=v5litepod-{rows * columns}" in header
 
 
@@ -636,11 +636,11 @@ def test_jobset_is_one_indexed_job_over_the_hosts_of_its_slice():
 
 def test_skypilot_recovers_by_the_program_s_codes():
     recovery = read_yaml(SKYPILOT)["resources"]["job_recovery"]
-    assert recovery["recover_on_exit_codes"] == [RUN_AGAIN, PEER_DIED]
+    assert recovery["recover_on_exit_codes"] == [RUN_AGAIN, LOST_PROCESS]
     assert "max_restarts_on_errors" not in recovery
 
 
-@pytest.mark.parametrize("code", [0, RUN_AGAIN, PEER_DIED, BAD_INPUT])
+@pytest.mark.parametrize("code", [0, RUN_AGAIN, LOST_PROCESS, BAD_INPUT])
 def test_skypilot_s_run_ends_with_the_program_s_code(stubs, code):
     task = read_yaml(SKYPILOT)
     assert task["run"].startswith("exec "), "a shell between would keep signals to itself"

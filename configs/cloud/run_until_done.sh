@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command until it is done: again after 75 (stopped by SIGTERM) and 76 (a process of its group
+# Runs a command until it is done: again after 75 (stopped by SIGTERM) and 69 (a process of its group
 # died), the exit codes with which bin/analyze asks for it; every other code is handed on at once.
 #
 #   command     configs/cloud/run_until_done.sh python3 bin/analyze --data_path=F --output_dir=D
@@ -14,7 +14,7 @@ set -u
 # The command becomes a process group of its own, so that Ctrl-C reaches it once, through the trap below
 # (a shell without job control makes its background commands deaf to it).
 set -m
-RUN_AGAIN=75 PEER_DIED=76
+RUN_AGAIN=75 LOST_PROCESS=69
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-20}" RETRY_SECONDS="${RETRY_SECONDS:-10}" FORWARD="${FORWARD:-yes}"
 
 if [ "$#" -eq 0 ]; then
@@ -50,7 +50,7 @@ for ((attempt = 1; ; attempt++)); do
   done
   child=""
   case "$code" in
-    "$RUN_AGAIN" | "$PEER_DIED") ;;
+    "$RUN_AGAIN" | "$LOST_PROCESS") ;;
     *) exit "$code" ;;
   esac
   if [ -n "$told_to_stop" ]; then

@@ -17,7 +17,7 @@
 #               VMs 30 s) and ends with 75. Finished batches are in the bucket either way. This script
 #               sees the queued resource leave ACTIVE, deletes it, asks for another and gives the same
 #               command, which goes on where the run stopped. On the VM itself run_until_done.sh starts
-#               again after 75 and 76.
+#               again after 75 and 69.
 #   exit codes  0 done; 2 bad input, 1 or any other code of bin/analyze: at once, no second VM; 75: still
 #               not done after MAX_VMS VMs. Ctrl-C: 130, the VM is deleted.
 #   the end     A trap deletes the VM however this script ends, except by kill -9 or with the machine it
@@ -29,7 +29,7 @@
 #               v5litepod-8; VMs how many it took; S seconds from ACTIVE to the first batch (copy, install,
 #               load, compile), which are charged, while waiting in the queue is not. And the bucket.
 set -euo pipefail
-RUN_AGAIN=75 PEER_DIED=76
+RUN_AGAIN=75 LOST_PROCESS=69
 : "${PROJECT:?set PROJECT: the Google Cloud project}"
 : "${ZONE:?set ZONE: a zone with TPUs of that kind}"
 : "${MODEL:?set MODEL: a hub id}"
@@ -170,7 +170,7 @@ for ((vm = 1; vm <= MAX_VMS; vm++)); do
     fi
   fi
   case "$code" in
-    "$RUN_AGAIN" | "$PEER_DIED") echo "tpu_vm: code $code, another VM" >&2 ;;
+    "$RUN_AGAIN" | "$LOST_PROCESS") echo "tpu_vm: code $code, another VM" >&2 ;;
     *)
       on_vm 'tail -n 40 analyze.log' >&2 || true
       exit "$code"
