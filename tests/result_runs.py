@@ -1,9 +1,12 @@
 """A run of two windows, driven as the analyze command drives one, on any storage."""
 
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pytest
 
 from jaxgrad.results import ExampleResult, RunDirectory
 
@@ -70,3 +73,21 @@ def stored(url: str) -> dict[str, bytes]:
     files, root = fsspec.core.url_to_fs(url)
     names = [name.removeprefix(f"{root}/") for name in files.find(root)]
     return {name: files.cat_file(f"{root}/{name}") for name in names if name != "run.json"}
+
+
+@contextmanager
+def small_disk(path: Path, size: str):
+    """A file system of its own, as large as `size`; yields a function that makes it another size."""
+    path.mkdir()
+
+    def mount(options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+
+    mount(f"size={size}")
+    try:
+        yield lambda size: mount(f"remount,size={size}")
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

@@ -6,11 +6,21 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-from result_runs import COUNTS, IDENTITY, INFO, PLAN, Killed, complete, measured, parts, skipped
+from result_runs import (
+    COUNTS,
+    IDENTITY,
+    INFO,
+    PLAN,
+    Killed,
+    complete,
+    measured,
+    parts,
+    skipped,
+    small_disk,
+)
 
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.results import RunDirectory, iter_results, read_results
@@ -237,24 +247,6 @@ def test_a_run_json_that_says_more_than_is_there(tmp_path, undisturbed):
     (path / "run.json").write_bytes(run_bytes(run | {"format": 1}))
     with pytest.raises(UserError, match="has format 1, this program writes 2"):
         RunDirectory.open(path, IDENTITY, INFO)
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: str):
-    """A file system of its own, as large as `size`; yields a function that makes it another size."""
-    path.mkdir()
-
-    def mount(options: str) -> None:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
-
-    mount(f"size={size}")
-    try:
-        yield lambda size: mount(f"remount,size={size}")
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount command")

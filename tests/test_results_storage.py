@@ -16,10 +16,12 @@ from result_runs import COUNTS, IDENTITY, INFO, Killed, complete, measured, part
 
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.pipeline import run_places
+from jaxgrad.report import write_report
+from jaxgrad.report.cells import read_run
 from jaxgrad.results import RunDirectory, iter_results, read_results, write_authors_jsonl
 from jaxgrad.results import lease as lease_module
 from jaxgrad.results.layout import load_run
-from jaxgrad.results.storage import open_storage, place_below
+from jaxgrad.results.storage import local_path, open_storage, place_below
 
 _numbers = itertools.count()
 
@@ -63,6 +65,7 @@ def test_the_same_bytes_wherever_they_are(url, tmp_path, undisturbed):
         assert results.examples.equals(expected.examples)
         assert results.matrices.equals(expected.matrices)
         assert results.run["counts"] == COUNTS
+        assert read_run(place).matrices.equals(expected.matrices)
     assert [len(window.examples) for window in iter_results(url)] == [7, 6]
 
 
@@ -294,13 +297,13 @@ def test_urls_that_cannot_be_used(place, message, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize(("scheme", "extra"), [("gs", "gcs"), ("s3", "s3")])
-def test_a_missing_library_is_named(scheme, extra, monkeypatch):
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_missing_library_is_named(scheme, package, monkeypatch):
     def missing(*_, **__):
         raise ImportError("Please install it")
 
     monkeypatch.setattr("jaxgrad.results.storage.url_to_fs", missing)
-    with pytest.raises(UserError, match=rf"pip install 'jaxgrad\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"pip install {package} \(jaxgrad's extra"):
         open_storage(f"{scheme}://bucket/run")
 
 
@@ -349,6 +352,12 @@ def test_no_data_file_leads_out_of_the_output_directory(place, name):
     """A run's directory is named after its file: "...json" without its suffix is ".."."""
     with pytest.raises(UserError, match="No directory can be named"):
         run_places(["data/x.json", f"data/{name}"], place)
+
+
+def test_reports_are_local():
+    assert local_path("file:///a/b") == local_path("/a/b") == Path("/a/b")
+    with pytest.raises(UserError, match=r"gs://b/report is a URL, but reports.* local disk"):
+        write_report([], "gs://b/report", title="")
 
 
 def test_names_of_runs_of_several_files():

@@ -43,7 +43,13 @@ from jaxgrad.results.lease import LEASE, Lease
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # Some of fsspec's calls take these for patterns, versions or chains of file systems.
 _NOT_IN_URLS = re.compile(r"[*?\[\]#%\x00-\x1f\x7f]|::|//|(^|/)\.{1,2}(/|$)")
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+# Scheme -> package, and the extra of ours that brings it.
+_LIBRARIES = {
+    "gs": ("gcsfs", "gcs"),
+    "gcs": ("gcsfs", "gcs"),
+    "s3": ("s3fs", "s3"),
+    "s3a": ("s3fs", "s3"),
+}
 # How old a listing may be that answers whether one of many files is there.
 LISTING_SECONDS = 2.0
 _PROBE = ".run.json.probe-{}.tmp"
@@ -417,8 +423,8 @@ def _connect(url: str, scheme: str) -> tuple[Any, str]:
     try:
         file_system, root = url_to_fs(url)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme.lower())
-        mend = f"pip install 'jaxgrad[{extra}]'" if extra else str(error)
+        package, extra = _LIBRARIES.get(scheme.lower(), ("", ""))
+        mend = f"pip install {package} (jaxgrad's extra {extra!r})" if package else str(error)
         raise UserError(f"{url} needs a library that is not installed: {mend}.") from error
     except ValueError as error:
         raise UserError(f"{url}: {error}. Give a path, or a URL that fsspec knows.") from error
