@@ -38,7 +38,7 @@ from jaxgrad.reduction import MeasureSettings
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
 from jaxgrad.results.layout import AUTHORS_FILE, is_whole, load_run
 from jaxgrad.results.rows import skipped_result
-from jaxgrad.results.storage import place_below
+from jaxgrad.results.urls import place_below
 from jaxgrad.run_info import (
     count_results,
     halved_line,

@@ -24,7 +24,7 @@ def analyze(model: Path, data: Path, output_dir: Path) -> subprocess.CompletedPr
 @pytest.mark.skipif(not shutil.which("mount"), reason="there is no mount command")
 def test_a_disk_that_fills_under_a_run(tmp_path):
     """Exit code 2, one line, nothing written is lost; enlarged, the undisturbed run's bytes."""
-    model = save_tiny(Tiny(num_heads=4, num_kv_heads=2, width=52), tmp_path / "model")
+    model = save_tiny(Tiny(num_heads=4, num_kv_heads=2, tied=False, width=52), tmp_path / "model")
     data = tmp_path / "data.json"
     records = [{"instruction": f"count to {i}", "output": "one two " * (i % 5)} for i in range(300)]
     data.write_text(json.dumps(records))

@@ -21,7 +21,8 @@ from jaxgrad.report.cells import read_run
 from jaxgrad.results import RunDirectory, iter_results, read_results, write_authors_jsonl
 from jaxgrad.results import lease as lease_module
 from jaxgrad.results.layout import load_run
-from jaxgrad.results.storage import local_path, open_storage, place_below
+from jaxgrad.results.storage import open_storage
+from jaxgrad.results.urls import local_path, place_below
 
 _numbers = itertools.count()
 

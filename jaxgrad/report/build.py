@@ -16,7 +16,7 @@ from jaxgrad.report.findings import Finding, findings
 from jaxgrad.report.page import write_page
 from jaxgrad.report.study_tables import study_tables
 from jaxgrad.report.tables import Table, as_csv, as_latex, as_markdown
-from jaxgrad.results.storage import local_path
+from jaxgrad.results.urls import local_path
 
 PAGE, SUMMARY, MANIFEST = "index.html", "report.md", "report.json"
 

@@ -9,7 +9,7 @@ from jaxgrad.analysis import ExampleSet, example_set
 from jaxgrad.analysis.similarity import Similarity, mean_similarity
 from jaxgrad.errors import UserError
 from jaxgrad.results import Results, read_authors_jsonl, read_results
-from jaxgrad.results.storage import is_url, local_path
+from jaxgrad.results.urls import is_url, local_path
 
 UNKNOWN_MODEL = "unknown model"
 CORRECT, IRRELEVANT = RESPONSES = ("correct", "irrelevant")

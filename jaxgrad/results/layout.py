@@ -122,7 +122,11 @@ def _damaged_run(file: str, why: str) -> OutputError:
 
 def run_bytes(run: dict[str, Any]) -> bytes:
     """run.json with its checksum."""
-    return (json.dumps({**run, "sha256": _digest(run)}, indent=2) + "\n").encode()
+    return _sealed(run)
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    return (json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n").encode()
 
 
 def _digest(value: Any) -> str:
@@ -140,7 +144,7 @@ def checksum_bytes(identity: dict[str, Any], window: int, parts: Mapping[str, by
     """
     digests = {table: hashlib.sha256(parts[table]).hexdigest() for table in TABLES}
     content = {"identity": _digest(identity), "window": window, **digests}
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return _sealed(content)
 
 
 def encode_batch(
@@ -210,10 +214,10 @@ def read_window(
         damage.append(Damage(name, "is damaged", window))
     else:
         ours = {"identity": _digest(identity), "window": window}
-        if not isinstance(digests, dict) or set(digests) != {*ours, *TABLES}:
+        if not isinstance(digests, dict) or digests.pop("sha256", None) != _digest(digests):
             damage.append(Damage(name, "is damaged", window))
-        elif any(digests[key] != value for key, value in ours.items()):
-            damage.append(Damage(name, "is damaged, or another run's", window))
+        elif any(digests.get(key) != value for key, value in ours.items()):
+            damage.append(Damage(name, "is another run's, or another window's", window))
     if damage:
         # Whether its parts are right cannot be said without it.
         return parts, damage

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
@@ -39,10 +39,8 @@ from jaxgrad.results.files import (
     write_error,
 )
 from jaxgrad.results.lease import LEASE, Lease
+from jaxgrad.results.urls import NOT_IN_URLS, URL, is_url, local_path
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-# Some of fsspec's calls take these for patterns, versions or chains of file systems.
-_NOT_IN_URLS = re.compile(r"[*?\[\]#%\x00-\x1f\x7f]|::|//|(^|/)\.{1,2}(/|$)")
 # Scheme -> package, and the extra of ours that brings it.
 _LIBRARIES = {
     "gs": ("gcsfs", "gcs"),
@@ -53,61 +51,6 @@ _LIBRARIES = {
 # How old a listing may be that answers whether one of many files is there.
 LISTING_SECONDS = 2.0
 _PROBE = ".run.json.probe-{}.tmp"
-
-
-def is_url(place: str | Path) -> bool:
-    """Whether a place is one of an object store, so that no `Path` can stand for it."""
-    match = None if isinstance(place, PurePath) else _URL.match(place)
-    return match is not None and match[1].lower() not in ("file", "local")
-
-
-def local_path(place: str | Path) -> Path:
-    """The path of a local place, also of one given as file:///...
-
-    Raises:
-        UserError: It is not local, or not an absolute file:// URL.
-    """
-    if is_url(place):
-        raise UserError(
-            f"{place} is a URL, but reports, and the studies they are of, are written to a local disk: "
-            "give a path. (bin/analyze writes runs to URLs, bin/report and bin/export read them.)"
-        )
-    match = None if isinstance(place, PurePath) else _URL.match(place)
-    if match is None:
-        _refuse_broken_url(place)
-        return Path(place)
-    if not match[2].startswith("/"):
-        raise UserError(f"{place} names no local path: write file:///folder, with three slashes.")
-    return Path(match[2])
-
-
-def _refuse_broken_url(place: str | Path) -> None:
-    if "://" in str(place):
-        raise UserError(f"{place} is neither a path nor a URL of the form SCHEME://BUCKET/FOLDER.")
-    # Path("gs://bucket/x") is "gs:/bucket/x", and would be made as a folder named "gs:".
-    scheme, colon, rest = str(place).partition(":/")
-    if colon and not rest.startswith("/") and scheme in fsspec.available_protocols():
-        raise UserError(f"{place} was a URL before it became a Path: give it as a text.")
-
-
-def place_below(place: str | Path, *names: str) -> str:
-    """A place inside another one.
-
-    Args:
-        place: A path or a URL.
-        names: Of a folder or file each, one below the other.
-
-    Raises:
-        UserError: A name that would lead out of the place, or that an object store may not take.
-    """
-    url = is_url(place)
-    for name in names:
-        odd = name in ("", ".", "..") or "/" in name or not name.isprintable()
-        if odd or (url and _NOT_IN_URLS.search(name)):
-            raise UserError(f"No directory can be named {name!r} in {place}: rename the file.")
-    if url:
-        return "/".join((str(place).rstrip("/"), *names))
-    return str(local_path(place).joinpath(*names))
 
 
 class LocalStorage:
@@ -228,8 +171,8 @@ class ObjectStorage:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        match = _URL.fullmatch(self.url)
-        if match is None or _NOT_IN_URLS.search(match[2]):
+        match = URL.fullmatch(self.url)
+        if match is None or NOT_IN_URLS.search(match[2]):
             raise UserError(
                 f"{url} cannot be used: give SCHEME://BUCKET/FOLDER, in plain characters "
                 "(none of * ? [ ] # % and no empty part)."

@@ -17,7 +17,7 @@ from jaxgrad.planning import date_for, recorded_date
 from jaxgrad.report.cells import Role, file_stem
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.layout import load_run
-from jaxgrad.results.storage import local_path
+from jaxgrad.results.urls import local_path
 from jaxgrad.study.config import StudyConfig, StudyModel
 
 

@@ -13,7 +13,7 @@ from jaxgrad.program import is_out_of_memory
 from jaxgrad.report.cells import Role, read_cell
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.layout import load_run
-from jaxgrad.results.storage import local_path
+from jaxgrad.results.urls import local_path
 from jaxgrad.study.config import StudyConfig, StudyModel
 from jaxgrad.study.plan import Plan, PlannedCell, in_a_study, plan_study, unavailable
 
