@@ -228,7 +228,7 @@ def read_window(
         except FileNotFoundError:
             damage.append(Damage(name, "is missing", window))
             continue
-        if hashlib.sha256(data).hexdigest() != digests[table]:
+        if hashlib.sha256(data).hexdigest() != digests.get(table):
             damage.append(Damage(name, _UNFIT, window))
         parts[table] = data
     return parts, damage

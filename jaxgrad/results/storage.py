@@ -11,6 +11,7 @@ temporary name, a flush and a rename, in an object store because a put is like t
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -128,8 +129,9 @@ class LocalStorage:
             os.rmdir(self.path / folder)
             sync_folder(self.path)
         except OSError as error:
-            if (self.path / folder).exists() and not self.names(folder):
-                raise write_error(self.path / folder, error) from error
+            # Gone after an attempt that failed later; or a file not ours is in it, and stays.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise write_error(self.path, error) from error
 
     def clean(self, folders: Iterable[str]) -> None:
         """Removes what killed processes left half written in D and in its folders."""

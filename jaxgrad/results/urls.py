@@ -44,7 +44,10 @@ def _refuse_broken_url(place: str | Path) -> None:
     # Path("gs://bucket/x") is "gs:/bucket/x", and would be made as a folder named "gs:".
     scheme, colon, rest = str(place).partition(":/")
     if colon and not rest.startswith("/") and scheme in fsspec.available_protocols():
-        raise UserError(f"{place} was a URL before it became a Path: give it as a text.")
+        raise UserError(
+            f"{place} is a URL that lost a slash, as one does that is made a Path: give it as a text, "
+            "SCHEME://BUCKET/FOLDER."
+        )
 
 
 def place_below(place: str | Path, *names: str) -> str:
