@@ -190,7 +190,9 @@ def define_input_flags(*, limit: int | None = None, several: bool = False) -> Fl
 def define_output_flags() -> FlagGroup:
     """Where the results go."""
     flags.DEFINE_string(
-        "output_dir", None, "Directory for the results; a run that stands there is continued."
+        "output_dir",
+        None,
+        "Directory for the results, or a URL (gs://, s3://); a run that stands there is continued.",
     )
     flags.DEFINE_enum(
         "output_format",

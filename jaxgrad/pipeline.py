@@ -36,8 +36,9 @@ from jaxgrad.planning import (
 from jaxgrad.program import Programs
 from jaxgrad.reduction import MeasureSettings
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
+from jaxgrad.results.layout import AUTHORS_FILE, is_whole, load_run
 from jaxgrad.results.rows import skipped_result
-from jaxgrad.results.store import load_run
+from jaxgrad.results.urls import place_below
 from jaxgrad.run_info import (
     count_results,
     halved_line,
@@ -55,7 +56,6 @@ from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
 # less; fewer would show results sooner.
 WINDOW = 256
-AUTHORS_FILE = "authors.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,13 @@ class Job:
     """A slice of a data file that is to be measured into a directory.
 
     Attributes:
+        output_dir: a path or a URL.
         options: the session's; the date may be the directory's own.
         identity: what the numbers depend on and is known before a model is opened.
     """
 
     data: DataSet
-    output_dir: Path
+    output_dir: str | Path
     options: AnalyzeOptions
     identity: dict[str, Any]
 
@@ -77,7 +78,7 @@ class Job:
 class RunSummary:
     """How a run ended: where, how many examples of each status and reason, and what it cost."""
 
-    output_dir: Path
+    output_dir: str | Path
     counts: dict[str, Any]
     reused: bool
 
@@ -166,7 +167,8 @@ class Session:
     def run(self, job: Job, *, say: Callable[[str], None], progress: bool) -> RunSummary:
         """Measure a job, or what is left of it.
 
-        A finished run that was made from these very model files is reused, and nothing is said.
+        A finished run that was made from these very model files is reused, and nothing is said; where
+        a part of it is damaged, what that part holds is measured again.
 
         Args:
             job: from `plan_job`.
@@ -261,7 +263,7 @@ def run_analysis(
         model_path: see `bin/analyze --help`.
         data_paths: one file, whose run stands in `output_dir`; or several, each of whose runs stands in
             `output_dir` / its name without suffix. The model is loaded once for all.
-        output_dir: made where it is missing.
+        output_dir: a path or a URL that fsspec can write (gs://, s3://); made where it is missing.
         options: what to measure.
         start: index of the first example of each file.
         limit: how many examples of each file.
@@ -276,14 +278,7 @@ def run_analysis(
     """
     if output_format == "jsonl":
         options = dataclasses.replace(options, extremes=True)
-    output_dir = Path(output_dir)
-    places = {path: output_dir / Path(path).stem for path in data_paths}
-    if len(data_paths) == 1:
-        places = {data_paths[0]: output_dir}
-    elif len(set(places.values())) < len(data_paths):
-        raise UserError(
-            "--data_path: two files have the same name, and each run's directory is named after its file"
-        )
+    places = run_places(data_paths, output_dir)
     dates = [recorded_date(directory) for directory in places.values()]
     options = dataclasses.replace(options, date=date_for(options, dates))
     jobs = []
@@ -301,14 +296,34 @@ def run_analysis(
     return summaries
 
 
+def run_places(
+    data_paths: Sequence[str | Path], output_dir: str | Path
+) -> dict[str | Path, str | Path]:
+    """Data file -> directory of its run: the output directory itself, or one in it for each of several.
+
+    Raises:
+        UserError: two files have the same name, or one that names no directory.
+    """
+    if len(data_paths) == 1:
+        return {data_paths[0]: output_dir}
+    places: dict[str | Path, str | Path] = {
+        path: place_below(output_dir, Path(path).stem) for path in data_paths
+    }
+    if len(set(places.values())) < len(data_paths):
+        raise UserError(
+            "--data_path: two files have the same name, and each run's directory is named after its file"
+        )
+    return places
+
+
 def plan_job(
-    data: DataSet, output_dir: Path, options: AnalyzeOptions, *, start: int, limit: int | None
+    data: DataSet, output_dir: str | Path, options: AnalyzeOptions, *, start: int, limit: int | None
 ) -> Job:
     """A job whose directory is there to be written, or holds this very run.
 
     Args:
         data: from `read_examples` with the same `start` and `limit`.
-        output_dir: made when the job is run.
+        output_dir: a path or a URL; made when the job is run.
         options: with their date, see `date_for`.
         start: index of the first example.
         limit: how many examples at most.
@@ -405,8 +420,8 @@ def plan_windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions)
     return windows
 
 
-def _finished_before(output_dir: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The counts of the finished run in `output_dir`, if it was made from these very model files.
+def _finished_before(output_dir: str | Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The counts of the finished run in `output_dir`, if it is whole and made from these very model files.
 
     The options were compared before. Files of the same names, sizes and times are taken for the same:
     the alternative is to read the whole model only to say that there is nothing to do.
@@ -415,10 +430,13 @@ def _finished_before(output_dir: Path, checkpoint: Checkpoint) -> dict[str, Any]
     if run is None or not run["finished"]:
         return None
     files = {name: list(stat) for name, stat in checkpoint.files.items()}
-    return run["counts"] if run["sessions"][-1]["info"].get("model_files") == files else None
+    same = run["sessions"][-1]["info"].get("model_files") == files
+    return run["counts"] if same and is_whole(output_dir) else None
 
 
-def _write_jsonl(output_dir: Path, options: AnalyzeOptions, say: Callable[[str], None]) -> None:
-    path = output_dir / AUTHORS_FILE
+def _write_jsonl(
+    output_dir: str | Path, options: AnalyzeOptions, say: Callable[[str], None]
+) -> None:
+    path = place_below(output_dir, AUTHORS_FILE)
     count = write_authors_jsonl(iter_results(output_dir), path, with_spectrum=options.spectrum)
     say(f"authors' JSONL: {path} ({count} lines)")

@@ -14,7 +14,7 @@ from jaxgrad.examples import Example
 from jaxgrad.memory import BatchChoice, choose_batch_tokens, memory_at_hand
 from jaxgrad.models import DecoderConfig
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.results.store import load_run
+from jaxgrad.results.layout import load_run
 from jaxgrad.run_info import memory_shortage
 from jaxgrad.tokens import TokenizedExample, read_date, tokenize_all
 
@@ -96,7 +96,7 @@ def fit_batches(
     return settled, choice
 
 
-def recorded_date(output_dir: Path) -> str | None:
+def recorded_date(output_dir: str | Path) -> str | None:
     """The date of the run that stands in a directory; None where there is no run.
 
     Raises:
@@ -106,7 +106,7 @@ def recorded_date(output_dir: Path) -> str | None:
     return run["identity"].get("options", {}).get("date") if run else None
 
 
-def with_recorded_choices(options: AnalyzeOptions, output_dir: Path) -> AnalyzeOptions:
+def with_recorded_choices(options: AnalyzeOptions, output_dir: str | Path) -> AnalyzeOptions:
     """The options with what was chosen by memory for the run that stands in a directory, if any.
 
     A run is continued as it was begun, also where other memory is at hand.

@@ -18,7 +18,7 @@ from jaxgrad.memory import (
     predict_disk,
 )
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.pipeline import WINDOW, Session, Window, plan_windows
+from jaxgrad.pipeline import WINDOW, Session, Window, plan_windows, run_places
 from jaxgrad.planning import (
     date_for,
     fit_batches,
@@ -85,11 +85,10 @@ def dry_run(
         UserError: any bad input, in one line.
     """
     session, found = Session(model_path, options), []
+    places = {} if output_dir is None else run_places(data_paths, output_dir)
     for path in data_paths:
         data = read_examples(path, start=start, limit=limit, fields=fields)
-        place = None if output_dir is None else Path(output_dir)
-        if place is not None and len(data_paths) > 1:
-            place /= Path(path).stem
+        place = places.get(path)
         recorded = None if place is None else recorded_date(place)
         own = dataclasses.replace(options, date=date_for(options, [recorded]))
         if place is not None:

@@ -153,7 +153,7 @@ def model_line(checkpoint: Checkpoint, dtype: str) -> str:
 
 def count_results(
     tokenized: Sequence[TokenizedExample],
-    output_dir: Path,
+    output_dir: str | Path,
     compiled: CompileTally,
     halves: dict[BatchShape, BatchShape],
 ) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from result_runs import parts, stored
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
@@ -184,6 +185,24 @@ def test_authors_jsonl(model_dir, data_path, tmp_path):
     assert entry["S_sum"] == first["nuclear_norm"] and entry["M_max"] == first["entry_max"]
 
 
+def test_in_an_object_store_and_mended(model_dir, data_path, tmp_path):
+    """The same files under a URL; and a finished run with a damaged part is measured again there."""
+    changes = {"limit": 2, "output_format": "jsonl"}
+    run(model_dir, data_path, tmp_path / "r", **changes)
+    _, lines = run(model_dir, data_path, "memory://pipeline/r", **changes)
+    assert "authors' JSONL: memory://pipeline/r/authors.jsonl (2 lines)" in lines
+    calm = parts(tmp_path / "r")
+    assert stored("memory://pipeline/r") == calm
+    file = tmp_path / "r/examples/part-00000.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    _, lines = run(model_dir, data_path, tmp_path / "r", **changes)
+    assert not [line for line in lines if "nothing to compute" in line]
+    damaged = "damaged/examples-part-00000.parquet.1"
+    assert parts(tmp_path / "r") == calm | {damaged: calm["examples/part-00000.parquet"][:-1]}
+    _, lines = run(model_dir, data_path, tmp_path / "r", **changes)
+    assert [line for line in lines if "nothing to compute" in line]
+
+
 @pytest.mark.parametrize("window", [7, 256])
 def test_interrupted_at_any_batch_and_continued(
     model_dir, data_path, undisturbed, tmp_path, monkeypatch, window
@@ -281,7 +300,7 @@ def test_several_files_share_one_model_and_its_programs(model_dir, undisturbed, 
         say=lines.append,
         progress=False,
     )
-    assert [summary.output_dir.name for summary in summaries] == ["first", "second"]
+    assert [Path(summary.output_dir).name for summary in summaries] == ["first", "second"]
     assert summaries[1].counts["compiled_shapes"] == 0
     first = jaxgrad.read_results(tmp_path / "runs" / "first")
     pd.testing.assert_frame_equal(first.matrices, undisturbed[1].matrices)

@@ -16,6 +16,7 @@ from jaxgrad.report.findings import Finding, findings
 from jaxgrad.report.page import write_page
 from jaxgrad.report.study_tables import study_tables
 from jaxgrad.report.tables import Table, as_csv, as_latex, as_markdown
+from jaxgrad.results.urls import local_path
 
 PAGE, SUMMARY, MANIFEST = "index.html", "report.md", "report.json"
 
@@ -62,7 +63,7 @@ def write_report(
         UserError: No cell, two cells of one role, two cells to compare whose runs cannot be compared,
             or a directory that holds something else.
     """
-    output_dir = Path(output_dir)
+    output_dir = local_path(output_dir)
     if not cells:
         raise UserError("There is no run to report on. Give at least one.")
     check_distinct([cell.role for cell in cells])

@@ -9,6 +9,7 @@ from jaxgrad.analysis import ExampleSet, example_set
 from jaxgrad.analysis.similarity import Similarity, mean_similarity
 from jaxgrad.errors import UserError
 from jaxgrad.results import Results, read_authors_jsonl, read_results
+from jaxgrad.results.urls import is_url, local_path
 
 UNKNOWN_MODEL = "unknown model"
 CORRECT, IRRELEVANT = RESPONSES = ("correct", "irrelevant")
@@ -54,13 +55,13 @@ class Cell:
 
     Attributes:
         role: Its part.
-        path: Where it was read from.
+        path: Where it was read from, a path or a URL.
         examples: Its usable examples.
         similarity: Its mean cosines, None where they were not measured.
     """
 
     role: Role
-    path: Path
+    path: str | Path
     examples: ExampleSet
     similarity: Similarity | None
 
@@ -112,12 +113,14 @@ def parse_label(label: str) -> tuple[str | None, Role]:
 
 
 def read_run(path: str | Path) -> Results:
-    """A run's directory, or a file in the authors' form.
+    """A run's directory, local or by its URL, or a file in the authors' form.
 
     Raises:
         UserError: Neither is there, or it cannot be read.
     """
-    path = Path(path)
+    if is_url(path):
+        return read_results(path)
+    path = local_path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist. Give a run's directory or the authors' JSONL.")
     return read_results(path) if path.is_dir() else read_authors_jsonl(path, with_spectrum=False)
@@ -167,7 +170,8 @@ def read_cell(role: Role, path: str | Path) -> Cell:
     if not role.model:
         role = dataclasses.replace(role, model=model_name(results))
     examples = example_set(results, _label(role))
-    return Cell(role, Path(path), examples, mean_similarity(results, examples))
+    place = path if is_url(path) else local_path(path)
+    return Cell(role, place, examples, mean_similarity(results, examples))
 
 
 def check_distinct(roles: list[Role]) -> None:

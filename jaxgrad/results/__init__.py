@@ -1,7 +1,8 @@
 """Results: what a run measured, on disk as it goes, read back as tables, in the authors' form.
 
-`schema` defines the tables, `store` writes and resumes a run directory, `read` reads one, `authors`
-turns it into the authors' JSONL and back; `files` is how every file is written.
+`schema` defines the tables, `layout` the files of a run directory and how they are known to be whole,
+`store` writes and resumes one, `read` reads one, `authors` turns it into the authors' JSONL and back.
+`storage` is where the files are, on a local disk (`files`) or in an object store, which needs a `lease`.
 """
 
 from jaxgrad.results.authors import read_authors_jsonl, write_authors_jsonl

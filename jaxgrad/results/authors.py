@@ -30,9 +30,9 @@ import pyarrow as pa
 
 from jaxgrad.errors import UserError
 from jaxgrad.results.authors_cosines import FIELDS, cosine_fields, number_array, read_cosines
-from jaxgrad.results.files import atomic_file
 from jaxgrad.results.read import Results, results_of
 from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, PROJECTIONS, storable
+from jaxgrad.results.storage import atomic_place
 
 _BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
 _ENTRIES = {
@@ -56,7 +56,7 @@ def write_authors_jsonl(
 
     Args:
         results: A run, or `iter_results(...)` to hold one window at a time.
-        path: The file to write.
+        path: The file to write, a path or a URL.
         with_spectrum: The follow-up's form: S_list in place of S_sum, S_max and S_min, and the
             cosines where the run has them.
 
@@ -68,7 +68,7 @@ def write_authors_jsonl(
     """
     parts = [results] if isinstance(results, Results) else results
     count = 0
-    with atomic_file(Path(path)) as file:
+    with atomic_place(path) as file:
         for part in parts:
             for record in _records(part, with_spectrum):
                 file.write(json.dumps(record).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Writing so that a kill or a full disk at any moment leaves whole files only."""
+"""Writing to a local disk so that a kill or a full disk at any moment leaves whole files only."""
 
 import errno
 import fcntl
@@ -77,7 +77,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_files(files: Iterable[Path]) -> None:
-    """Removes files, then flushes their folders.
+    """Removes files, then flushes their folders; one that is gone already is no error.
 
     Raises:
         OutputError: One cannot be removed.
@@ -87,6 +87,8 @@ def remove_files(files: Iterable[Path]) -> None:
         folders.add(file.parent)
         try:
             os.unlink(file)
+        except FileNotFoundError:
+            continue
         except OSError as error:
             raise write_error(file, error) from error
     for folder in folders:
@@ -94,6 +96,22 @@ def remove_files(files: Iterable[Path]) -> None:
             sync_folder(folder)
         except OSError as error:
             raise write_error(folder, error) from error
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Moves a file to another folder of its file system, which is made where it is missing.
+
+    Raises:
+        OutputError: It cannot be moved.
+    """
+    try:
+        os.makedirs(target.parent, exist_ok=True)
+        os.replace(source, target)
+        # The new name first: a kill in between leaves both, not neither.
+        sync_folder(target.parent)
+        sync_folder(source.parent)
+    except OSError as error:
+        raise write_error(target, error) from error
 
 
 def names_in(folder: Path) -> list[str]:
@@ -126,15 +144,18 @@ def probe_folder(path: Path) -> None:
         raise write_error(path, error) from error
 
 
-def lock_folder(path: Path) -> None:
+def lock_folder(path: Path) -> bool:
     """Keeps other processes from writing a folder until `unlock_folder` or the process's end.
+
+    Returns:
+        Whether the file system can lock a folder; some network file systems cannot.
 
     Raises:
         OutputError: Another process holds it.
     """
     name = os.path.realpath(path)
     if name in _locks:
-        return
+        return True
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,10 +165,10 @@ def lock_folder(path: Path) -> None:
             f"Another process is writing {path}. Wait for it, or give another --output_dir."
         ) from error
     except OSError:
-        # Some network file systems cannot lock a folder; a run there goes unguarded.
         os.close(folder)
-        return
+        return False
     _locks[name] = folder
+    return True
 
 
 def unlock_folder(path: Path) -> None:

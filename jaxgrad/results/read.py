@@ -10,14 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxgrad.errors import UserError
-from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, sort_by_example
-from jaxgrad.results.store import (
+from jaxgrad.results.layout import (
+    finished_windows,
     journal_batches,
-    load_run,
-    part_path,
+    part_name,
     read_batch,
-    windows_with_parts,
+    read_window,
+    stored_run,
 )
+from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, sort_by_example
+from jaxgrad.results.storage import Storage, open_storage
 
 # One dtype a column, with and without nulls: NumPy's integers and booleans change with a null.
 _NULLABLE = {pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
@@ -49,17 +51,17 @@ def results_of(run: dict[str, Any], examples: pa.Table, matrices: pa.Table) -> R
 
 
 def read_results(path: str | Path, *, allow_unfinished: bool = False) -> Results:
-    """Reads a run.
+    """Reads a run; every part is held against its checksum.
 
     Args:
-        path: The run directory.
+        path: The run directory, or its URL.
         allow_unfinished: Take what is recorded of an unfinished run, its journal included.
 
     Raises:
         UserError: No run there, a run that is not finished (unless allowed), or a damaged or
             missing file.
     """
-    run, windows = _open(Path(path), allow_unfinished)
+    run, windows = _open(path, allow_unfinished)
     pairs = list(windows)
     examples = pa.concat_tables([EXAMPLES_SCHEMA.empty_table(), *(pair[0] for pair in pairs)])
     matrices = pa.concat_tables([MATRICES_SCHEMA.empty_table(), *(pair[1] for pair in pairs)])
@@ -68,46 +70,45 @@ def read_results(path: str | Path, *, allow_unfinished: bool = False) -> Results
 
 def iter_results(path: str | Path, *, allow_unfinished: bool = False) -> Iterator[Results]:
     """As `read_results`, one window at a time: for runs larger than memory."""
-    run, windows = _open(Path(path), allow_unfinished)
+    run, windows = _open(path, allow_unfinished)
     return (results_of(run, examples, matrices) for examples, matrices in windows)
 
 
-def _open(
-    path: Path, allow_unfinished: bool
-) -> tuple[dict[str, Any], Iterator[tuple[pa.Table, pa.Table]]]:
+_Tables = tuple[pa.Table, pa.Table]
+
+
+def _open(path: str | Path, allow_unfinished: bool) -> tuple[dict[str, Any], Iterator[_Tables]]:
     """The run and its windows' tables; refuses here, not when the first window is asked for."""
-    run = load_run(path)
+    storage = open_storage(path)
+    run = stored_run(storage)
     if run is None:
-        what = "has no run.json" if path.is_dir() else "is no directory"
+        what = "has no run.json" if storage.is_there() else "is no directory"
         raise UserError(f"{path} {what}. Give the --output_dir of an analyze command.")
     if not run["finished"] and not allow_unfinished:
         raise UserError(
-            f"The run in {path} is not finished: {_progress(path)}. "
+            f"The run in {path} is not finished: {_progress(storage, run)}. "
             "Run the same analyze command again: it continues from there."
         )
+    if run["finished"]:
+        return run, _windows(storage, run, set(range(run["windows"])), {})
     # The journal before the parts. A window that is finished meanwhile is in its parts by then, so
     # reading while the run goes on misses nothing.
-    journal: dict[int, list[tuple[pa.Table, pa.Table]]] = {}
-    for (window, _), file in journal_batches(path).items():
+    journal: dict[int, list[_Tables]] = {}
+    for window, batch in journal_batches(storage):
         try:
-            journal.setdefault(window, []).append(read_batch(file))
+            tables = read_batch(storage, run["identity"], window, batch)
         except FileNotFoundError:
             continue
-    parts = windows_with_parts(path)
-    if run["finished"] and parts != list(range(run["windows"])):
-        raise UserError(
-            f"{path} lacks files: of {run['windows']} windows {len(parts)} have both parts. "
-            "Copy it again, or run the analyze command with another --output_dir."
-        )
-    return run, _windows(path, parts, journal)
+        journal.setdefault(window, []).append(tables)
+    return run, _windows(storage, run, set(finished_windows(storage)), journal)
 
 
 def _windows(
-    path: Path, parts: list[int], journal: dict[int, list[tuple[pa.Table, pa.Table]]]
-) -> Iterator[tuple[pa.Table, pa.Table]]:
-    for window in sorted({*parts, *journal}):
-        if window in parts:
-            yield _read_part(path, "examples", window), _read_part(path, "matrices", window)
+    storage: Storage, run: dict[str, Any], done: set[int], journal: dict[int, list[_Tables]]
+) -> Iterator[_Tables]:
+    for window in sorted(done | set(journal)):
+        if window in done:
+            yield _read_window(storage, run, window)
         else:
             examples, matrices = (
                 pa.concat_tables(tables) for tables in zip(*journal[window], strict=True)
@@ -115,26 +116,30 @@ def _windows(
             yield sort_by_example(examples), sort_by_example(matrices)
 
 
-def _read_part(path: Path, table: str, window: int) -> pa.Table:
-    file = part_path(path, table, window)
-    try:
-        # No partitioning: a folder named "lr=3" above the file must not become a column.
-        return pq.read_table(file, partitioning=None).cast(_SCHEMAS[table])
-    except (OSError, pa.ArrowException, ValueError) as error:
+def _read_window(storage: Storage, run: dict[str, Any], window: int) -> _Tables:
+    parts, damage = read_window(storage, run["identity"], window)
+    if damage:
         raise UserError(
-            f"{file} cannot be read: it is damaged or not ours. Copy the run again, or run the "
-            "analyze command with another --output_dir."
-        ) from error
+            f"{storage.describe(damage[0].name)} {damage[0].reason}. Run the same analyze command again: "
+            "it sets the file aside and computes its window anew."
+        )
+    tables = []
+    for name, schema in _SCHEMAS.items():
+        try:
+            tables.append(pq.read_table(pa.BufferReader(parts[name])).cast(schema))
+        except (pa.ArrowException, ValueError) as error:
+            # Its checksum fits, so another version of Arrow or of this program wrote it.
+            raise UserError(
+                f"{storage.describe(part_name(name, window))} is whole but cannot be read here "
+                f"({error}). Read it with the versions that run.json names."
+            ) from error
+    return tables[0], tables[1]
 
 
-def _progress(path: Path) -> str:
-    windows = windows_with_parts(path)
-    try:
-        files = [part_path(path, "examples", window) for window in windows]
-        examples = sum(pq.read_metadata(file).num_rows for file in files)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"A part of {path} cannot be read ({error}).") from error
-    batches = sum(window not in windows for window, _ in journal_batches(path))
+def _progress(storage: Storage, run: dict[str, Any]) -> str:
+    windows = finished_windows(storage)
+    examples = sum(_read_window(storage, run, window)[0].num_rows for window in windows)
+    batches = sum(window not in windows for window, _ in journal_batches(storage))
     return (
         f"{examples} examples in {len(windows)} finished windows and {batches} "
         f"{'batch' if batches == 1 else 'batches'} of others are recorded"

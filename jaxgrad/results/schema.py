@@ -202,33 +202,42 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def encode_batch(results: Sequence[ExampleResult]) -> bytes:
-    """One batch as bytes: SHA-256 of the rest, then the two tables as Arrow streams."""
+def encode_batch(results: Sequence[ExampleResult], key: str) -> bytes:
+    """One batch as bytes: SHA-256 of the key and the rest, then the two tables as Arrow streams.
+
+    Args:
+        results: The batch's examples.
+        key: Which batch of which run it is; the bytes are good for that one alone.
+    """
     sink = pa.BufferOutputStream()
     for table in (examples_table(results), matrices_table(results)):
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
     payload = sink.getvalue().to_pybytes()
-    return hashlib.sha256(payload).digest() + payload
+    return _batch_digest(payload, key) + payload
 
 
-def batch_is_whole(data: bytes) -> bool:
+def batch_is_whole(data: bytes, key: str) -> bool:
     """Whether `decode_batch` can read these bytes."""
     # Arrow reads a stream cut between two messages as a shorter table, so the digest has to tell.
-    return hashlib.sha256(data[_DIGEST_SIZE:]).digest() == data[:_DIGEST_SIZE]
+    return _batch_digest(data[_DIGEST_SIZE:], key) == data[:_DIGEST_SIZE]
 
 
-def decode_batch(data: bytes) -> tuple[pa.Table, pa.Table]:
+def decode_batch(data: bytes, key: str) -> tuple[pa.Table, pa.Table]:
     """The examples and matrices tables of a batch.
 
     Raises:
-        ValueError: The bytes are not what `encode_batch` gave.
+        ValueError: The bytes are not what `encode_batch` gave for this key.
     """
-    if not batch_is_whole(data):
-        raise ValueError("the batch is damaged: its digest does not fit")
+    if not batch_is_whole(data, key):
+        raise ValueError("the batch is damaged, or not this one: its digest does not fit")
     source = pa.BufferReader(data[_DIGEST_SIZE:])
     tables = []
     for _ in range(2):
         with pa.ipc.open_stream(source) as reader:
             tables.append(reader.read_all())
     return tables[0], tables[1]
+
+
+def _batch_digest(payload: bytes, key: str) -> bytes:
+    return hashlib.sha256(hashlib.sha256(key.encode()).digest() + payload).digest()

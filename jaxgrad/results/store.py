@@ -1,12 +1,8 @@
-"""The run directory: results that survive a kill at any moment.
+"""The run directory: results that survive a kill at any moment, and are found out when they are damaged.
 
-    D/run.json                     identity, sessions, counts, and whether the run is finished
-    D/examples/part-00000.parquet  a finished window's examples
-    D/matrices/part-00000.parquet  and their matrices
-    D/journal/                     batches of windows that are not finished
-
-Every file is written under a temporary name, flushed to the disk and renamed, so a file under its
-own name is whole. What a kill between two steps leaves, and what `RunDirectory.open` makes of it:
+`jaxgrad.results.layout` says what stands where in D. Every file is written under a temporary name,
+flushed to the disk and renamed (or put whole into an object store), so a file under its own name was
+written whole. What a kill between two steps leaves, and what `RunDirectory.open` makes of it:
 
 | killed | on the disk | afterwards |
 |---|---|---|
@@ -15,16 +11,19 @@ own name is whole. What a kill between two steps leaves, and what `RunDirectory.
 | before examples/ ... journal/ | run.json alone | the folders are made |
 | between two batches | the journal's batches | the others are computed |
 | after a window's matrices part | the part and the whole journal | the same bytes written again |
-| after its examples part | both parts and the journal, or some of it | done; the rest is removed |
+| after its examples part | both parts and the whole journal | the same bytes written again |
+| after its checksums | the window and the journal, or some of it | done; the rest is removed |
 | after journal/ is removed | all parts, no mark of completion | journal/ is made, `finish` again |
+| after a damaged part is set aside | its window's checksums | the window counts as damaged again |
+| while it holds an object store's lease | `lock.json` | taken over after 60 s (see `lease`) |
+
+What does not fit its checksum when a run is opened, finished or not, is moved to `damaged/` with a
+warning, and its window (or its batch) is computed again: the same bytes come out.
 """
 
-import errno
 import json
 import logging
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -32,140 +31,11 @@ from typing import Any, Self
 import pyarrow as pa
 
 from jaxgrad.errors import OutputError
-from jaxgrad.results import schema
-from jaxgrad.results.files import (
-    atomic_file,
-    lock_folder,
-    names_in,
-    probe_folder,
-    remove_files,
-    sync_folder,
-    temporaries_in,
-    unlock_folder,
-    write_error,
-)
+from jaxgrad.results import layout, schema
+from jaxgrad.results.layout import Damage, load_run
+from jaxgrad.results.storage import Storage, open_storage
 
-FORMAT = 1
-_FOLDERS = ("examples", "matrices", "journal")
-_PART = re.compile(r"part-(\d{5,})\.parquet")
-_BATCH = re.compile(r"window-(\d{5,})-batch-(\d{5,})\.batch")
 _log = logging.getLogger(__name__)
-
-
-def load_run(path: Path) -> dict[str, Any] | None:
-    """The content of D/run.json; None when there is no such file.
-
-    Raises:
-        OutputError: It cannot be read or is not a run's.
-    """
-    file = path / "run.json"
-    try:
-        run = json.loads(file.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise OutputError(f"Cannot read {file}: {error.strerror}.") from error
-    except ValueError as error:
-        raise OutputError(f"{file} is damaged ({error}). Give another --output_dir.") from error
-    kinds = {"format": int, "finished": bool, "identity": dict, "sessions": list, "counts": dict}
-    wrong = [
-        name
-        for name, kind in kinds.items()
-        if not isinstance(run, dict) or not isinstance(run.get(name), kind)
-    ]
-    if wrong:
-        raise OutputError(
-            f"{file} is not a run's: no proper {', '.join(wrong)}. Give another --output_dir."
-        )
-    if run["format"] != FORMAT:
-        raise OutputError(
-            f"{file} has format {run['format']}, this program writes {FORMAT}. "
-            "Give another --output_dir."
-        )
-    return run
-
-
-def part_path(path: Path, table: str, window: int) -> Path:
-    """The part file of one window of D; `table` is examples or matrices."""
-    return path / table / f"part-{window:05d}.parquet"
-
-
-def windows_with_parts(path: Path) -> list[int]:
-    """The finished windows of D: both of their parts are there."""
-    examples, matrices = (
-        {int(match[1]) for match in map(_PART.fullmatch, names_in(path / table)) if match}
-        for table in ("examples", "matrices")
-    )
-    return sorted(examples & matrices)
-
-
-def journal_batches(path: Path) -> dict[tuple[int, int], Path]:
-    """The journal's files of D by (window, batch), in that order."""
-    folder = path / "journal"
-    matches = [match for match in map(_BATCH.fullmatch, names_in(folder)) if match]
-    return dict(sorted(((int(m[1]), int(m[2])), folder / m[0]) for m in matches))
-
-
-def read_batch(file: Path) -> tuple[pa.Table, pa.Table]:
-    """The examples and matrices of one journal file.
-
-    Raises:
-        OutputError: It is damaged. (FileNotFoundError passes: its window was finished meanwhile.)
-    """
-    try:
-        return schema.decode_batch(file.read_bytes())
-    except ValueError as error:
-        raise OutputError(
-            f"{file} is damaged. Run the same analyze command again: it computes this batch anew."
-        ) from error
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves by dotted key, as JSON text: text tells 1 from true, and NaN equals itself."""
-    leaves: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves.update(_flat(value, f"{prefix}{key}."))
-        else:
-            leaves[prefix + key] = json.dumps(value, sort_keys=True)
-    return leaves
-
-
-def _refuse_other_run(
-    path: Path, there: dict[str, Any], here: dict[str, Any], *, partial: bool = False
-) -> None:
-    """Compares identities; with `partial` only the keys that both have."""
-    old, new = _flat(there), _flat(here)
-    keys = sorted(old.keys() & new.keys() if partial else old.keys() | new.keys())
-    changes = [key for key in keys if old.get(key) != new.get(key)]
-    if not changes:
-        return
-
-    def shown(text: str | None) -> str:
-        if text is None:
-            return "absent"
-        return text if len(text) <= 60 else f"{text[:57]}..."
-
-    told = "; ".join(
-        f"{k} is {shown(old.get(k))} there, {shown(new.get(k))} here" for k in changes[:3]
-    )
-    rest = f"; and {len(changes) - 3} more" if len(changes) > 3 else ""
-    raise OutputError(
-        f"{path} holds a run with other settings: {told}{rest}. "
-        "Give another --output_dir, or the same settings as before."
-    )
-
-
-def _refuse_foreign_folder(path: Path) -> None:
-    """Refuses a folder with files but no run.json: nothing of the user's may be mixed with ours."""
-    # A kill during the very first write leaves its temporary alone in D.
-    own = {file.name for file in temporaries_in(path) if file.name.startswith(".run.json.")}
-    names = [name for name in names_in(path) if name not in own]
-    if names:
-        raise OutputError(
-            f"{path} is not empty and holds no run (no run.json; it has {names[0]}). "
-            "Give another --output_dir."
-        )
 
 
 def _json_copy(value: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -178,21 +48,22 @@ def _now() -> str:
 
 
 class RunDirectory:
-    """One run's results on disk. Made by `RunDirectory.open`; one process at a time.
+    """One run's results on disk or in an object store. Made by `RunDirectory.open`.
 
     Every method that writes raises `OutputError` when the disk is full or cannot be written; what was
     recorded before stays, and the same command continues from it. A call that a right plan cannot
-    make (a batch recorded twice, a finished run written to) raises ValueError.
+    make (a window without some of its batches, a finished run written to) raises ValueError.
 
     Attributes:
-        path: The directory D.
+        path: The directory D, as it was given: a path or a URL.
         run: What run.json holds: format, finished, identity, sessions, counts; when finished also
             windows (how many parts) and finished_at.
     """
 
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, storage: Storage, run: dict[str, Any]) -> None:
         self.path = path
         self.run = run
+        self._storage = storage
 
     @classmethod
     def open(
@@ -205,12 +76,14 @@ class RunDirectory:
     ) -> Self:
         """Starts a run in D, or continues the one that is there.
 
-        A finished run of the same identity is returned as it is; nothing in it is touched. Of several
-        processes that write one run, one leads: it holds the lock, notes the session and puts in order
-        what a killed one left. The others open D when it has done so.
+        A finished run of the same identity is returned as it is and nothing in it is touched, unless a
+        part of it is damaged: then it is not finished any more, and that part's window is to be
+        computed again. Of several processes that write one run, one leads: it holds the lock, notes the
+        session, sets aside what is damaged and puts in order what a killed one left. The others open D
+        when it has done so.
 
         Args:
-            path: D; made when it is not there.
+            path: D, a path or a URL; made when it is not there.
             identity: What the numbers depend on, JSON-able; compared key by key.
             info: What may differ between sessions (versions, device, command); noted in `sessions`.
             leads: Whether this process is the one that leads.
@@ -220,35 +93,34 @@ class RunDirectory:
                 run.json or a run of another identity, or another process is writing it. One that does
                 not lead finds no run.
         """
-        path = Path(path)
+        storage = open_storage(path)
         identity = _json_copy(identity)
         if not leads:
-            run = load_run(path)
+            run = layout.stored_run(storage)
             if run is None:
                 raise OutputError(
                     f"{path} holds no run that process 0 began. Give every process one shared --output_dir."
                 )
-            _refuse_other_run(path, run["identity"], identity)
-            return cls(path, run)
+            layout.refuse_other_run(storage, run["identity"], identity)
+            return cls(path, storage, run)
         try:
-            os.makedirs(path, exist_ok=True)
-            lock_folder(path)
-            run = load_run(path)
+            storage.make_folders()
+            storage.lock()
+            run = layout.stored_run(storage)
             if run is None:
-                _refuse_foreign_folder(path)
-                run = {"format": FORMAT, "finished": False, "identity": identity}
+                layout.refuse_foreign_folder(storage, identity)
+                run = {"format": layout.FORMAT, "finished": False, "identity": identity}
                 run |= {"sessions": [], "counts": {}}
             else:
-                _refuse_other_run(path, run["identity"], identity)
-            opened = cls(path, run)
-            if opened.finished:
+                layout.refuse_other_run(storage, run["identity"], identity)
+            opened = cls(path, storage, run)
+            damage = list(layout.find_damage(storage, run))
+            if opened.finished and not damage:
                 opened.close()
             else:
-                opened._start_session(_json_copy(info, default=str))
-        except BaseException as error:
-            unlock_folder(path)
-            if isinstance(error, OSError):
-                raise write_error(path, error) from error
+                opened._start_session(_json_copy(info, default=str), damage)
+        except BaseException:
+            storage.unlock()
             raise
         return opened
 
@@ -261,13 +133,13 @@ class RunDirectory:
         Raises:
             OutputError: As `open`.
         """
-        run = load_run(Path(path))
-        if run is not None:
-            _refuse_other_run(
-                Path(path), run["identity"], _json_copy(partial_identity), partial=True
-            )
-        elif Path(path).is_dir():
-            _refuse_foreign_folder(Path(path))
+        storage = open_storage(path)
+        run = layout.stored_run(storage)
+        if run is None:
+            layout.refuse_foreign_folder(storage)
+        else:
+            partial = _json_copy(partial_identity)
+            layout.refuse_other_run(storage, run["identity"], partial, partial=True)
 
     @staticmethod
     def probe(path: str | Path) -> None:
@@ -276,10 +148,10 @@ class RunDirectory:
         Raises:
             OutputError: It cannot: a file in the way, no permission, a full disk.
         """
-        run = load_run(Path(path))
+        run = load_run(path)
         # A finished run will not be written.
         if run is None or not run["finished"]:
-            probe_folder(Path(path))
+            open_storage(path).probe()
 
     def __enter__(self) -> Self:
         return self
@@ -289,7 +161,7 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets other processes write D; the end of the process does it too."""
-        unlock_folder(self.path)
+        self._storage.unlock()
 
     @property
     def finished(self) -> bool:
@@ -297,20 +169,24 @@ class RunDirectory:
         return self.run["finished"]
 
     def window_done(self, window: int) -> bool:
-        """Whether the window's parts are written."""
-        return all(part_path(self.path, name, window).exists() for name in ("examples", "matrices"))
+        """Whether the window's parts are written, and their checksums."""
+        return self._storage.exists(layout.checksum_name(window))
 
     def batch_done(self, window: int, batch: int) -> bool:
         """Whether the batch's results are recorded, in the journal or in the window's parts."""
-        return self._batch_path(window, batch).exists() or self.window_done(window)
+        return self._storage.exists(layout.batch_name(window, batch)) or self.window_done(window)
 
     def write_batch(self, window: int, batch: int, results: Sequence[schema.ExampleResult]) -> None:
-        """Records one batch; once this returns, no kill can lose it."""
+        """Records one batch; once this returns, no kill can lose it.
+
+        Of several processes one may find that another, of a session that was killed but lives on, has
+        recorded the batch before it: the same bytes are written again, and nothing is where the window
+        is done.
+        """
         self._refuse_when_finished()
-        if self.batch_done(window, batch):
-            raise ValueError(f"batch {batch} of window {window} is recorded already")
-        with atomic_file(self._batch_path(window, batch)) as file:
-            file.write(schema.encode_batch(results))
+        if not self.window_done(window):
+            data = layout.encode_batch(self.run["identity"], window, batch, results)
+            self._storage.write(layout.batch_name(window, batch), data)
 
     def finish_window(
         self,
@@ -333,9 +209,10 @@ class RunDirectory:
             OutputError: A batch was damaged since it was written, or D cannot be written.
         """
         self._refuse_when_finished()
+        identity = self.run["identity"]
+        journal = [key for key in layout.journal_batches(self._storage) if key[0] == window]
         if not self.window_done(window):
-            files = [file for key, file in journal_batches(self.path).items() if key[0] == window]
-            batches = [read_batch(file) for file in files]
+            batches = [layout.read_batch(self._storage, identity, *key) for key in journal]
             tables = {
                 "matrices": [schema.matrices_table(skipped), *(pair[1] for pair in batches)],
                 "examples": [schema.examples_table(skipped), *(pair[0] for pair in batches)],
@@ -349,11 +226,13 @@ class RunDirectory:
                 raise ValueError(f"window {window} has an example twice")
             if num_examples not in (None, len(indices)):
                 raise ValueError(f"window {window}: {len(indices)} examples, not {num_examples}")
-            # The examples part last: it is what makes the window done.
-            for name, table in merged.items():
-                with atomic_file(part_path(self.path, name, window)) as file:
-                    file.write(schema.parquet_bytes(table))
-        remove_files(file for key, file in journal_batches(self.path).items() if key[0] == window)
+            parts = {name: schema.parquet_bytes(table) for name, table in merged.items()}
+            for name, data in parts.items():
+                self._storage.write(layout.part_name(name, window), data)
+            # The checksums last: they are what makes the window done.
+            checksums = layout.checksum_bytes(identity, window, parts)
+            self._storage.write(layout.checksum_name(window), checksums)
+        self._storage.remove(layout.batch_name(*key) for key in journal)
 
     def update(self, counts: dict[str, Any]) -> None:
         """Notes the counts of a run that is not finished."""
@@ -367,47 +246,59 @@ class RunDirectory:
             ValueError: A window is not finished.
         """
         self._refuse_when_finished()
-        windows = windows_with_parts(self.path)
-        if journal_batches(self.path) or windows != list(range(len(windows))):
+        windows = layout.finished_windows(self._storage)
+        journal = layout.journal_batches(self._storage)
+        if windows != list(range(len(windows))) or not {w for w, _ in journal} <= set(windows):
             raise ValueError("finish was called before every window was finished")
-        try:
-            os.rmdir(self.path / "journal")
-            sync_folder(self.path)
-        except OSError as error:
-            # Gone after an attempt that failed later; or a file not ours is in it, and stays.
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                raise write_error(self.path, error) from error
+        # Of a window that was done already when a killed session, living on, recorded a batch of it.
+        self._storage.remove(journal.values())
+        for name in layout.parts_from(self._storage, len(windows)):
+            self._set_aside(name, "is no part of this run")
+        self._storage.remove_folder("journal")
         ended = {"finished": True, "windows": len(windows), "finished_at": _now()}
         self._write_run({**self.run, "counts": counts, **ended})
         self.close()
 
-    def _start_session(self, info: dict[str, Any]) -> None:
-        """Notes the session and puts in order what a killed one left."""
-        for folder in (self.path, *(self.path / name for name in _FOLDERS)):
-            remove_files(temporaries_in(folder))
+    def _start_session(self, info: dict[str, Any], damage: Sequence[Damage]) -> None:
+        """Notes the session, puts in order what a killed one left and sets aside what is damaged."""
+        storage = self._storage
+        storage.clean(layout.FOLDERS)
         session = {"started": _now(), "info": info}
-        # run.json before the folders: a D with files in it and no run.json is not a run.
-        self._write_run({**self.run, "sessions": [*self.run["sessions"], session]})
-        for name in _FOLDERS:
-            os.makedirs(self.path / name, exist_ok=True)
-        sync_folder(self.path)
-        journal = journal_batches(self.path)
-        done = set(windows_with_parts(self.path))
-        leftover = [file for (window, _), file in journal.items() if window in done]
-        for (window, batch), file in journal.items():
-            if window not in done and not schema.batch_is_whole(file.read_bytes()):
-                _log.warning("%s is damaged: batch %d is computed again", file, batch)
-                leftover.append(file)
-        remove_files(leftover)
+        run = {
+            key: value for key, value in self.run.items() if key not in ("windows", "finished_at")
+        }
+        # run.json before the folders: a D with files in it and no run.json is not a run. And before
+        # damaged files are moved: a run that lacks them is not finished.
+        self._write_run({**run, "finished": False, "sessions": [*run["sessions"], session]})
+        storage.make_folders(layout.FOLDERS)
+        for found in damage:
+            again = f"window {found.window}" if found.batch is None else f"batch {found.batch}"
+            self._set_aside(found.name, f"{found.reason}; {again} is computed again")
+        # After the parts: a kill in between leaves a window that counts as damaged.
+        bad = {found.window for found in damage if found.batch is None}
+        storage.remove(layout.checksum_name(window) for window in sorted(bad))
+        done = set(layout.finished_windows(storage))
+        journal = layout.journal_batches(storage)
+        storage.remove(name for (window, _), name in journal.items() if window in done)
 
-    def _batch_path(self, window: int, batch: int) -> Path:
-        return self.path / "journal" / f"window-{window:05d}-batch-{batch:05d}.batch"
+    def _set_aside(self, name: str, why: str) -> None:
+        told = self._storage.describe(name)
+        try:
+            self._storage.read(name)
+        except FileNotFoundError:
+            _log.warning("%s %s", told, why)
+            return
+        kept = name.replace("/", "-")
+        taken = set(self._storage.names(layout.DAMAGED))
+        number = next(k for k in range(1, len(taken) + 2) if f"{kept}.{k}" not in taken)
+        target = f"{layout.DAMAGED}/{kept}.{number}"
+        self._storage.move(name, target)
+        _log.warning("%s %s (the file is kept as %s)", told, why, self._storage.describe(target))
 
     def _write_run(self, run: dict[str, Any]) -> None:
-        text = json.dumps(run, indent=2) + "\n"
-        with atomic_file(self.path / "run.json") as file:
-            file.write(text.encode())
-        self.run = json.loads(text)
+        run = _json_copy(run)
+        self._storage.write(layout.RUN, layout.run_bytes(run))
+        self.run = run
 
     def _refuse_when_finished(self) -> None:
         if self.finished:

@@ -16,7 +16,8 @@ from jaxgrad.pipeline import asked_identity
 from jaxgrad.planning import date_for, recorded_date
 from jaxgrad.report.cells import Role, file_stem
 from jaxgrad.results import RunDirectory
-from jaxgrad.results.store import load_run
+from jaxgrad.results.layout import load_run
+from jaxgrad.results.urls import local_path
 from jaxgrad.study.config import StudyConfig, StudyModel
 
 
@@ -120,7 +121,7 @@ def plan_study(config: StudyConfig, output_dir: str | Path, *, report_only: bool
         UserError: The run of a cell has another configuration than the study, or is damaged.
     """
     places = {
-        (model, role): Path(output_dir) / "runs" / file_stem(model.name) / role.stem
+        (model, role): local_path(output_dir) / "runs" / file_stem(model.name) / role.stem
         for model in config.models
         for role in config.roles(model)
     }

@@ -12,7 +12,8 @@ from jaxgrad.pipeline import Session, plan_job
 from jaxgrad.program import is_out_of_memory
 from jaxgrad.report.cells import Role, read_cell
 from jaxgrad.results import RunDirectory
-from jaxgrad.results.store import load_run
+from jaxgrad.results.layout import load_run
+from jaxgrad.results.urls import local_path
 from jaxgrad.study.config import StudyConfig, StudyModel
 from jaxgrad.study.plan import Plan, PlannedCell, in_a_study, plan_study, unavailable
 
@@ -48,7 +49,7 @@ def run_study(
         OutputError: `output_dir` cannot be written, or holds runs of another configuration.
         UserError: Not one cell could be measured.
     """
-    output_dir = Path(output_dir)
+    output_dir = local_path(output_dir)
     plan = plan_study(config, output_dir, report_only=report_only)
     RunDirectory.probe(output_dir)
     for line in plan.summary():
