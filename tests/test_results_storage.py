@@ -40,6 +40,14 @@ def impatient(monkeypatch):
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases are renewed and looked at so often that nobody waits for long."""
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.02)
+    monkeypatch.setattr(lease_module, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -156,7 +164,7 @@ def test_a_kill_or_a_failure_at_every_call_of_a_store(
     assert k >= {"pipe_file": 16, "rm_file": 6}[step]
 
 
-def test_a_second_owner_is_refused(url):
+def test_a_second_owner_is_refused(url, quick):
     run = RunDirectory.open(url, {"a": 1}, {})
     for _ in range(2):
         with pytest.raises(OutputError, match=rf"process {os.getpid()} on .* is writing {url}\."):
@@ -180,24 +188,38 @@ def other_lease(age: float) -> bytes:
     ).encode()
 
 
-def test_a_lease_of_the_dead_is_taken_over(url, monkeypatch, caplog):
-    monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
-    for content, refused in (
-        (other_lease(55), True),
-        (other_lease(-20), True),  # a clock that is ahead
+def test_a_lease_of_the_dead_is_taken_over(url, quick, caplog):
+    for content, waits in (
+        (other_lease(59.9), True),  # killed a minute ago
         (other_lease(65), False),
         (b"", False),
         (b'{"owner": 3}', False),
     ):
         caplog.clear()
         files_of(url).pipe_file(lease_path(url), content)
-        if refused:
-            with pytest.raises(OutputError, match="process 7 on elsewhere"):
-                RunDirectory.open(url, {}, {})
-            assert files_of(url).cat_file(lease_path(url)) == content
-        else:
-            RunDirectory.open(url, {}, {}).close()
-            assert "taken over" in caplog.text and not files_of(url).exists(lease_path(url))
+        RunDirectory.open(url, {}, {}).close()
+        assert "taken over" in caplog.text and not files_of(url).exists(lease_path(url))
+        assert ("waiting up to 0 s" in caplog.text) == waits
+
+
+@pytest.mark.parametrize("age", [55, -20], ids=["young", "a clock that is ahead"])
+def test_a_lease_that_is_renewed_refuses_and_one_given_free_does_not(url, monkeypatch, age):
+    monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
+    content, waited = other_lease(age), []
+
+    def renew(seconds):
+        waited.append(seconds)
+        files_of(url).pipe_file(lease_path(url), other_lease(0))
+
+    monkeypatch.setattr(lease_module.time, "sleep", renew)
+    files_of(url).pipe_file(lease_path(url), content)
+    with pytest.raises(OutputError, match="process 7 on elsewhere"):
+        RunDirectory.open(url, {}, {})
+    assert waited == [lease_module.LOOK_SECONDS]
+    monkeypatch.setattr(
+        lease_module.time, "sleep", lambda _: files_of(url).rm_file(lease_path(url))
+    )
+    RunDirectory.open(url, {}, {}).close()
 
 
 def test_of_two_that_take_over_one_wins(url, monkeypatch):
@@ -258,7 +280,7 @@ def test_a_process_that_slept_looks_before_it_writes(url, monkeypatch):
     assert "journal/window-00000-batch-00000.batch" not in stored(url)
 
 
-def test_a_network_disk_without_locks_has_a_lease(tmp_path, monkeypatch, undisturbed):
+def test_a_network_disk_without_locks_has_a_lease(tmp_path, monkeypatch, quick, undisturbed):
     def no_locks(*_):
         raise OSError(errno.EBADF, "Bad file descriptor")
 

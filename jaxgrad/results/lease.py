@@ -2,15 +2,17 @@
 
 Object stores, and some network file systems, cannot lock. There the process that writes a run keeps
 `lock.json` in it, with who it is and when it last said so. It says so every 15 s; after 60 s of silence
-it is taken for dead and another may take the lease over. The hosts' clocks have to agree to well within
-that minute. A process that was only asleep finds out before it writes again.
+it is taken for dead and another may take the lease over. A process that was only asleep finds out before
+it writes again.
 
 | who comes | finds | what happens |
 |---|---|---|
 | one | nothing | creates the lease, which only one can, and reads it back |
-| another | a lease renewed less than 60 s ago | is refused |
-| another | an older or unreadable one | writes its own, waits, and has won if its own is still there |
+| another | a lease younger than 60 s | waits; is refused as soon as the owner renews it, which takes 15 s |
+| another | an older or unreadable one | writes its own, waits, has won if its own is still there |
 | the owner, late | another's | is refused when it next writes |
+
+So the restart of a run that was killed waits for a minute at most, and needs no second try.
 """
 
 import contextlib
@@ -32,6 +34,7 @@ RENEW_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
 # Longer than lies between reading a dead owner's lease and writing one's own.
 SETTLE_SECONDS = 2.0
+LOOK_SECONDS = 1.0  # between two looks at whether the owner of a lease is alive
 _log = logging.getLogger(__name__)
 
 
@@ -60,18 +63,17 @@ class Lease:
             OutputError: Another holds it. What the file system raises passes.
         """
         found = self._read()
+        if found is not None and not self._falls_silent(found):
+            found = None
         if found is None:
             with contextlib.suppress(FileExistsError):
                 self._create()
         else:
-            age = time.time() - found["time"]
-            if age < EXPIRE_SECONDS:
-                raise self._refusal(found)
             _log.warning(
                 "the process that was writing %s (%s) has been silent for %.0f s: taken over",
                 self._place,
                 _who(found),
-                age,
+                time.time() - found["time"],
             )
             self._write()
             time.sleep(SETTLE_SECONDS)
@@ -79,6 +81,31 @@ class Lease:
         if winner is None or winner["owner"] != self._owner:
             raise self._refusal(winner)
         threading.Thread(target=self._keep, name=f"lease of {self._place}", daemon=True).start()
+
+    def _falls_silent(self, found: dict[str, Any]) -> bool:
+        """Waits until a lease is as old as a dead process's; False when it is given free meanwhile.
+
+        Raises:
+            OutputError: Its owner renews it.
+        """
+        # Of clocks that differ by more no more than this minute is believed.
+        left = min(EXPIRE_SECONDS, EXPIRE_SECONDS - (time.time() - found["time"]))
+        until = time.monotonic() + left
+        if left > 0:
+            _log.warning(
+                "%s is being written by %s, or was until that was killed: waiting up to %.0f s to see",
+                self._place,
+                _who(found),
+                left,
+            )
+        while time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+            seen = self._read()
+            if seen is None:
+                return False
+            if (seen["owner"], seen["time"]) != (found["owner"], found["time"]):
+                raise self._refusal(seen)
+        return True
 
     def check(self) -> None:
         """Makes sure, before something is written, that the lease is still held.
@@ -162,8 +189,7 @@ class Lease:
     def _refusal(self, holder: dict[str, Any] | None) -> OutputError:
         who = "" if holder is None else f" ({_who(holder)})"
         return OutputError(
-            f"Another process{who} is writing {self._place}. Wait for it, or, if it was killed, for "
-            f"{EXPIRE_SECONDS:.0f} s; or give another --output_dir."
+            f"Another process{who} is writing {self._place}. Wait for it, or give another --output_dir."
         )
 
 
