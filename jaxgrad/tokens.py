@@ -18,6 +18,7 @@ white space straddles the boundary; `clean` then counts that token as prompt.
 """  # noqa: E501 (a table row cannot be wrapped)
 
 import datetime
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ NO_RESPONSE_TOKEN = "no response token of its own"
 # What a stranger's chat template may take for one example (see `bounds`): time, memory, and characters
 # besides a hundred times its messages'.
 TEMPLATE_SECONDS = 20.0
-TEMPLATE_BYTES = 2 * 2**30
+TEMPLATE_BYTES = 2**28
 TEMPLATE_CHARACTERS = 1_000_000
 
 ProtocolName = Literal["paper", "clean"]
@@ -257,17 +258,28 @@ def _render(
 
 
 def _apply_template(turns: list[dict[str, str]], tokenizer: Any, protocol: Protocol) -> str:
-    template = None
-    if protocol.date is not None and "strftime_now" in (whole := tokenizer.get_chat_template()):
+    template, whole = None, tokenizer.get_chat_template()
+    _refuse_powers(whole)
+    if protocol.date is not None and "strftime_now" in whole:
         template = _fixed_date(protocol.date) + whole
     with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
         prompt = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, chat_template=template
         )
+    prompt.encode("utf-8")  # raises for half a surrogate pair, which no tokenizer can read
     most = TEMPLATE_CHARACTERS + 100 * sum(len(turn["content"]) for turn in turns)
     if len(prompt) > most:
         raise ValueError(f"it makes {len(prompt)} characters of messages that are far shorter")
     return prompt
+
+
+@functools.lru_cache(maxsize=8)
+def _refuse_powers(template: str) -> None:
+    """9**9**9 takes hours inside one operation, which no limit on time can break off."""
+    if any(
+        kind == "operator" and text == "**" for _, kind, text in jinja2.Environment().lex(template)
+    ):
+        raise ValueError("it takes powers (**), which no text needs")
 
 
 def _fixed_date(date: datetime.date) -> str:
@@ -278,7 +290,7 @@ def _fixed_date(date: datetime.date) -> str:
 
 def _template_error(example: Example, error: Exception, tokenizer: Any) -> UserError:
     roles = ", ".join(message.role for message in example.messages)
-    told = " ".join(f"{error or type(error).__name__}".split())[:300]
+    told = " ".join((str(error) or type(error).__name__).split())[:300]
     of = getattr(tokenizer, "name_or_path", "")
     return UserError(
         f"record {example.index}: the chat template{f' of {of}' if of else ''} fails on the roles "

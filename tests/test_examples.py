@@ -281,22 +281,7 @@ def test_parquet_that_unpacks_to_more_than_the_limit(refusal, monkeypatch):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "more than 100000000 bytes of text, which is refused" in refusal(data)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert (
-        grown < 3 * 10**8
-    )  # the limit, a batch of 1024 rows on top, and that batch as Python's texts
-
-
-def test_parquet_whose_own_account_is_beyond_the_limit_is_not_read(refusal, monkeypatch):
-    data = parquet(RECORDS * 100)
-    size = sum(
-        pq.ParquetFile(pa.BufferReader(data))
-        .metadata.row_group(0)
-        .column(k)
-        .total_uncompressed_size
-        for k in range(3)
-    )
-    monkeypatch.setattr(examples, "MAX_PARQUET_BYTES", size - 1)
-    assert f"the Parquet file holds {size} bytes of text" in refusal(data)
+    assert grown < 3 * 10**8  # what came before the limit, not all of it
 
 
 def test_parquet_beyond_one_batch_is_whole(write):

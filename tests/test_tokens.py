@@ -172,13 +172,13 @@ def test_a_template_cannot_leave_the_sandbox(escape):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(1000000000) %}x{% endfor %}", "Range too big"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
-        ("{{ 'a' * 10**11 }}", "MemoryError"),
-        ("{{ [messages] * 10**10 }}", "MemoryError"),
-        ("{{ ['a' * 10**8] * 90 }}", "MemoryError"),
-        ("{{ 'a' * 10**7 }}", "makes 10000000 characters"),
+        ("{{ 'a' * 100000000000 }}", "MemoryError"),
+        ("{{ [messages] * 10000000000 }}", "MemoryError"),
+        ("{{ 'a' * 10000000 }}", "makes 10000000 characters"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 9 **9** 9 }}", "powers"),
         ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "recursion"),
         ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "recursion"),
         ("{{ '\\ud800' }}", "surrogate"),
