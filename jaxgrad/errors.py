@@ -5,12 +5,22 @@ with one line that says what is wrong, where, and how to mend it. The binaries p
 with code 2; any other exception is a bug of ours and keeps its traceback.
 """
 
+_LONGEST = 4000  # characters of a message
+
 
 class UserError(Exception):
-    """A bad input. The message is one line: what, where, how to mend."""
+    """A bad input. The message is one line: what, where, how to mend.
+
+    It may quote a file of a stranger's. What would steer a terminal, or cannot be printed at all, stands
+    as its escape; of a message that is very long the middle is left out.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST - 1000]} [...] {line[-900:]}"
+        super().__init__(line)
 
 
 class OutputError(UserError):

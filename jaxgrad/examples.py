@@ -23,12 +23,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jaxgrad.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 
+# A few bytes of Parquet may stand for any number of rows, or unpack to any number of bytes: more than
+# this is refused. (JSON is as large in memory as a small multiple of its file.)
+MAX_PARQUET_CELLS = 100_000_000
+MAX_PARQUET_BYTES = 2 * 2**30
+_PARQUET_BATCH = 1024
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
 _PARQUET_MAGIC = b"PAR1"
 _JSON_SPACE = " \t\r\n"
 _KINDS = {
@@ -220,7 +232,7 @@ def _raise_broken(
         # One of json's messages ends in "at" itself.
         reason = f"{error.msg.removesuffix(' at')} at byte offset {offset} of {size}{where}"
     else:
-        reason = f"{error or type(error).__name__} after byte offset {base} of {size}{where}"
+        reason = f"{str(error) or type(error).__name__} after byte offset {base} of {size}{where}"
     raise UserError(
         f"{path}: broken JSON: {reason}; mend it there, or fetch the file again if it was cut"
     ) from None
@@ -230,15 +242,53 @@ def _parquet(data: bytes, fields: Fields, path: Path) -> list[Any]:
     """Reads the columns that matter; the others (images, say) stay as names with null."""
     wanted = {fields.instruction, fields.input, fields.output, "messages"}
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        names = file.schema_arrow.names
+        metadata = pq.read_metadata(pa.BufferReader(data))
+        leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # Texts stay in their dictionaries until they are counted: a page may name one a billion times.
+        file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
+        names, num_rows = file.schema_arrow.names, metadata.num_rows
         columns = [name for name in names if name in wanted]
-        rows = file.read(columns=columns).to_pylist() if columns else [{}] * file.metadata.num_rows
-        return [dict.fromkeys(names) | row for row in rows]
-    except (pa.ArrowException, OSError, ValueError) as error:
+        # Not the sizes of its columns: to ask for those ends the process where its statistics are broken.
+        if num_rows * len(leaves) > MAX_PARQUET_CELLS:
+            raise _bomb(f"{num_rows} rows of {len(leaves)} columns", path)
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for batch in file.iter_batches(_PARQUET_BATCH, columns=columns) if columns else ():
+            size += sum(map(_unpacked_bytes, batch.columns))
+            if size > MAX_PARQUET_BYTES:
+                raise _bomb(f"more than {MAX_PARQUET_BYTES} bytes of text", path)
+            rows += batch.to_pylist()
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"{path}: broken Parquet of {len(data)} bytes: {error}; write or fetch the file again"
         ) from error
+    if columns and len(rows) != num_rows:
+        raise UserError(
+            f"{path}: broken Parquet of {len(data)} bytes: it says {num_rows} rows and has "
+            f"{len(rows)}; write or fetch the file again"
+        )
+    return [dict.fromkeys(names) | row for row in rows or [{}] * num_rows]
+
+
+def _unpacked_bytes(array: pa.Array) -> int:
+    """Bytes of an array with its dictionaries written out."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        if not any(is_text(kind.value_type) for is_text in _TEXT_TYPES):
+            return array.indices.nbytes  # of numbers, which no record may hold as its text
+        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
+        return pc.sum(lengths.cast(pa.int64())).as_py() or 0
+    if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inside = array.flatten()
+        return sum(map(_unpacked_bytes, inside if isinstance(inside, list) else [inside]))
+    return array.nbytes
+
+
+def _bomb(what: str, path: Path) -> UserError:
+    return UserError(
+        f"{path}: the Parquet file holds {what}, which is refused; give a part of it, or JSON lines"
+    )
 
 
 # Records -> examples

@@ -38,7 +38,8 @@ def measure_example(
                 lambda operands: reduce(*operands),
                 (
                     take_layers(matrix, selection[name]),
-                    take_layers(factors[name][1], selection[name]),
+                    take_layers(factors[name].input_LTI, selection[name]),
+                    take_layers(factors[name].output_grad_LTO, selection[name]),
                 ),
             )
             for name, matrix in matrices.items()

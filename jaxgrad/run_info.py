@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from jaxgrad.models.decoder import num_parameters
 from jaxgrad.program import CompileTally, MemoryPlan
 from jaxgrad.results import iter_results
 from jaxgrad.tokens import TokenizedExample
+
+MOST_REASONS = 20  # that a run's end lists
 
 
 def session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
@@ -159,17 +161,17 @@ def count_results(
 ) -> dict[str, Any]:
     """Examples of each status and reason, from what was written; the compilations; the halved shapes."""
     status: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    reasons: list[str] = []
     for part in iter_results(output_dir, allow_unfinished=True):
         status.update(part.examples["status"])
-        reasons.update(part.examples["reason"].dropna())
+        reasons.extend(part.examples["reason"].dropna())
     return {
         "examples": len(tokenized),
         "ok": status["ok"],
         "skipped": status["skipped"],
         "non_finite": status["non_finite"],
         "truncated": sum(item.truncated for item in tokenized),
-        "reasons": dict(sorted(reasons.items())),
+        "reasons": count_reasons(reasons),
         "compiled_shapes": compiled.shapes,
         "compile_seconds": round(compiled.seconds, 1),
         "halved_shapes": {
@@ -177,6 +179,20 @@ def count_results(
             for shape, half in halves.items()
         },
     }
+
+
+def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """How often each reason occurs, by name; beyond `MOST_REASONS` of them the rarest are summed.
+
+    A model that overflows names another place for one example than for the next, and a run's end
+    should not list hundreds.
+    """
+    by_count = sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0]))
+    listed, rest = dict(sorted(by_count[:MOST_REASONS])), by_count[MOST_REASONS:]
+    if rest:
+        others = f"one of {len(rest)} other reasons (they stand in the table of examples)"
+        listed[others] = sum(count for _, count in rest)
+    return listed
 
 
 def summary_lines(counts: dict[str, Any]) -> list[str]:

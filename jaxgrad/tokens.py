@@ -18,6 +18,7 @@ white space straddles the boundary; `clean` then counts that token as prompt.
 """  # noqa: E501 (a table row cannot be wrapped)
 
 import datetime
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxgrad.bounds import bounded
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Example
 
@@ -36,6 +38,12 @@ SYSTEM_MESSAGE = "You are a helpful assistant."
 EMPTY_RESPONSE = "empty response"
 PROMPT_FILLS = "prompt fills max_length"
 NO_RESPONSE_TOKEN = "no response token of its own"
+
+# What a stranger's chat template may take for one example (see `bounds`): time, memory, and characters
+# besides a hundred times its messages'.
+TEMPLATE_SECONDS = 20.0
+TEMPLATE_BYTES = 2**28
+TEMPLATE_CHARACTERS = 1_000_000
 
 ProtocolName = Literal["paper", "clean"]
 
@@ -229,14 +237,14 @@ def _text(example: Example, tokenizer: Any, protocol: Protocol) -> str:
     if any(turn["role"] == "system" for turn in turns):
         # The record's own system message is content: if the template refuses it, so do we.
         return _render(turns, example, tokenizer, protocol) + example.response
+    system = {"role": "system", "content": SYSTEM_MESSAGE}
     try:
-        system = {"role": "system", "content": SYSTEM_MESSAGE}
         prompt = _apply_template([system, *turns], tokenizer, protocol)
     except jinja2.TemplateError:
         # Gemma's template raises on a system role. Any other fault shows again without it.
         prompt = _render(turns, example, tokenizer, protocol)
-    except (TypeError, ValueError, LookupError) as error:
-        raise _template_error(example, error) from error
+    except Exception as error:  # a template is a program, which may raise anything
+        raise _template_error(example, error, tokenizer) from error
     return prompt + example.response
 
 
@@ -245,17 +253,33 @@ def _render(
 ) -> str:
     try:
         return _apply_template(turns, tokenizer, protocol)
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise _template_error(example, error) from error
+    except Exception as error:  # as in `_text`
+        raise _template_error(example, error, tokenizer) from error
 
 
 def _apply_template(turns: list[dict[str, str]], tokenizer: Any, protocol: Protocol) -> str:
-    template = None
-    if protocol.date is not None and "strftime_now" in (whole := tokenizer.get_chat_template()):
+    template, whole = None, tokenizer.get_chat_template()
+    _refuse_powers(whole)
+    if protocol.date is not None and "strftime_now" in whole:
         template = _fixed_date(protocol.date) + whole
-    return tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=True, chat_template=template
-    )
+    with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+        prompt = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, chat_template=template
+        )
+    prompt.encode("utf-8")  # raises for half a surrogate pair, which no tokenizer can read
+    most = TEMPLATE_CHARACTERS + 100 * sum(len(turn["content"]) for turn in turns)
+    if len(prompt) > most:
+        raise ValueError(f"it makes {len(prompt)} characters of messages that are far shorter")
+    return prompt
+
+
+@functools.lru_cache(maxsize=8)
+def _refuse_powers(template: str) -> None:
+    """9**9**9 takes hours inside one operation, which no limit on time can break off."""
+    if any(
+        kind == "operator" and text == "**" for _, kind, text in jinja2.Environment().lex(template)
+    ):
+        raise ValueError("it takes powers (**), which no text needs")
 
 
 def _fixed_date(date: datetime.date) -> str:
@@ -264,11 +288,13 @@ def _fixed_date(date: datetime.date) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{known} }}}}{{%- endmacro -%}}"
 
 
-def _template_error(example: Example, error: Exception) -> UserError:
+def _template_error(example: Example, error: Exception, tokenizer: Any) -> UserError:
     roles = ", ".join(message.role for message in example.messages)
+    told = " ".join((str(error) or type(error).__name__).split())[:300]
+    of = getattr(tokenizer, "name_or_path", "")
     return UserError(
-        f"record {example.index}: the chat template fails on the roles {roles}: {error}; "
-        "mend the record's messages, or use --chat=no"
+        f"record {example.index}: the chat template{f' of {of}' if of else ''} fails on the roles "
+        f"{roles}: {told}; mend the record's messages, or use --chat=no"
     )
 
 

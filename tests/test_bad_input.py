@@ -240,6 +240,16 @@ def test_a_chat_template_that_is_broken(tmp_path, data):
     assert "record 0: the chat template fails" in message and "--chat=no" in message
 
 
+def test_a_chat_template_without_end_is_named(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(jaxgrad.tokens, "TEMPLATE_SECONDS", 1.0)
+    model = write_model(tmp_path / "m")
+    loop = "{% for i in range(99999) %}"
+    (model / "chat_template.jinja").write_text(loop * 3 + "{% endfor %}" * 3)
+    message = refusal(data, model, tmp_path / "out", chat="yes")
+    assert f"record 0: the chat template of {model} fails" in message
+    assert "takes more than 1 s" in message
+
+
 def test_a_tokenizer_of_another_model(tmp_path, data):
     # The embedding is cut before the last tokens; JAX would take its last row for them.
     rows = 100

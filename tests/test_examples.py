@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import resource
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxgrad import examples
 from jaxgrad.errors import UserError
 from jaxgrad.examples import Fields, Message, read_examples
 
@@ -251,6 +254,42 @@ def test_broken_parquet(refusal):
     data = parquet(RECORDS)
     for broken in (data[:-9], data[:4] + bytes(len(data) - 4), b"PAR1"):
         assert f"broken Parquet of {len(broken)} bytes" in refusal(broken)
+
+
+def test_parquet_that_says_it_has_more_rows_than_anybody_can_hold(refusal):
+    table = pa.table({"instruction": pa.nulls(10**8, pa.null()), "output": pa.nulls(10**8)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=10**8)
+    data = sink.getvalue().to_pybytes()
+    assert len(data) < 10**6
+    assert "the Parquet file holds 100000000 rows of 2 columns, which is refused" in refusal(data)
+
+
+def bomb(num_rows, size):
+    """One long text, told once and repeated by its place in a dictionary."""
+    texts = pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_rows, np.int32)), ["x" * size])
+    table = pa.table({"instruction": texts, "output": texts})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def test_parquet_that_unpacks_to_more_than_the_limit(refusal, monkeypatch):
+    data = bomb(4000, 100_000)  # 800 MB of text
+    assert len(data) < 200_000
+    monkeypatch.setattr(examples, "MAX_PARQUET_BYTES", 10**8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "more than 100000000 bytes of text, which is refused" in refusal(data)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 3 * 10**8  # what came before the limit, not all of it
+
+
+def test_parquet_beyond_one_batch_is_whole(write):
+    records = [{"instruction": f"i{k}", "output": f"o{k}"} for k in range(2500)]
+    data = read_examples(write(parquet(records)))
+    assert [(e.instruction, e.response) for e in data.examples] == [
+        (f"i{k}", f"o{k}") for k in range(2500)
+    ]
 
 
 # The slice

@@ -134,6 +134,7 @@ def test_a_non_finite_factor_gives_nan_and_not_zero(algorithm, where, poison):
     (x if where == "x" else d)[2, 1] = poison
     got = statistics_of(x, d, algorithm)
     assert np.isnan(got.nuclear_norm) and np.isnan(got.sigma_max) and np.isnan(got.frobenius_norm)
+    assert (got.input_finite, got.output_grad_finite) == (where == "d", where == "x")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -184,8 +185,8 @@ def test_dense_agrees_with_the_known_spectrum():
     rng = np.random.default_rng(3)
     sigma = np.array([2.0, 0.5, 0.1])
     x, d = factors_with(sigma, 7, 13, 17, rng)
-    matrix = jnp.asarray((d.T @ x).astype(np.float32))
-    got = matrix_statistics(matrix, jnp.asarray(d.astype(np.float32)), extremes=True)
+    matrix, x32, d32 = (jnp.asarray(array.astype(np.float32)) for array in (d.T @ x, x, d))
+    got = matrix_statistics(matrix, x32, d32, extremes=True)
     np.testing.assert_allclose(got.nuclear_norm, sigma.sum(), rtol=1e-5)
     np.testing.assert_allclose(got.entry_max, (d.T @ x).max(), rtol=1e-5)
     np.testing.assert_allclose(got.entry_mean, (d.T @ x).mean(), rtol=1e-4)

@@ -148,6 +148,51 @@ def test_a_template_that_fails_names_the_record(template, reason):
         tokenize(example("c", "d", *turns), byte_tokenizer(template=template), Protocol(chat=True))
 
 
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ raise_exception.__globals__['json'] }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ '{0.__class__.__mro__}'.format(messages) }}",
+    "{% import 'os' as os %}{{ os.system('true') }}",
+    "{% include '/etc/passwd' %}",
+    "{{ namespace(__class__=1) }}",
+    "{{ messages.append(1) }}",
+]
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_template_cannot_leave_the_sandbox(escape):
+    """Either an error of the template, or nothing but text; never an object of Python's."""
+    tokenizer = byte_tokenizer(template=f"[{escape}]")
+    with pytest.raises(UserError, match=r"record 7: the chat template fails"):
+        tokenize(example("a", "b"), tokenizer, Protocol(chat=True))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(1000000000) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
+        ("{{ 'a' * 100000000000 }}", "MemoryError"),
+        ("{{ [messages] * 10000000000 }}", "MemoryError"),
+        ("{{ 'a' * 10000000 }}", "makes 10000000 characters"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 9 **9** 9 }}", "powers"),
+        ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "recursion"),
+        ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "recursion"),
+        ("{{ '\\ud800' }}", "surrogate"),
+    ],
+)
+def test_a_template_without_end_or_measure_is_refused(monkeypatch, template, reason):
+    monkeypatch.setattr(tokens, "TEMPLATE_SECONDS", 1.0)
+    tokenizer = byte_tokenizer(template=template)
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(UserError, match=r"record 7: the chat template of some/model") as caught:
+        tokenize(example("a", "b"), tokenizer, Protocol(chat=True))
+    assert reason in str(caught.value) and len(str(caught.value)) < 600
+
+
 # Special tokens
 
 

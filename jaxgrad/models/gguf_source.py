@@ -81,7 +81,7 @@ class GgufFile:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
         except Exception as error:  # the reader has no error of its own: it trips over anything
             raise UserError(
-                f"{path} is not a complete GGUF file ({error or type(error).__name__}); "
+                f"{path} is not a complete GGUF file ({str(error) or type(error).__name__}); "
                 "download it again"
             ) from error
         self.architecture = self.metadata("general.architecture")

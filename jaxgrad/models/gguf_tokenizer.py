@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.gguf_source import GgufFile
+from jaxgrad.models.tokenizer import is_panic
 
 # Token types of the GGUF format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -115,7 +116,7 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
     """
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = file.metadata("tokenizer.ggml.model")
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise UserError(
             f"{file.where}: tokenizer model {kind!r} is not supported in a GGUF file; supported: "
             "gpt2 (byte-level BPE), llama (SentencePiece BPE). Use the model's Hugging Face directory "
@@ -126,7 +127,11 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         return builders[kind](file)
     except UserError:
         raise
-    except Exception as error:  # lists of another length, ids without a token, broken merges, ...
+    except (
+        BaseException
+    ) as error:  # lists of another length, ids without a token, broken merges, ...
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         told = " ".join(str(error).split())
         raise UserError(
             f"{file.where}: the tokenizer in its metadata is incomplete or damaged "

@@ -135,8 +135,10 @@ class SafetensorsDirectory:
             raise UserError(f"{index_path} has no weight_map; download it again")
         for file in weight_map.values():
             # The index comes from strangers: a shard's name must not lead out of the directory.
-            if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{index_path} names {file!r}, which is not a plain file name")
+            # Nor be one that no file system takes.
+            if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
+                shown = repr(file)[:200]
+                raise UserError(f"{index_path} names {shown}, which is not a plain file name")
         return weight_map
 
     def _check_places(self, directory: Path, weight_map: dict[str, str]) -> None:

@@ -9,6 +9,11 @@ from jaxgrad.errors import UserError
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up; such an error is no `Exception`, and has no public name."""
+    return type(error).__name__ == "PanicException"
+
+
 def tokenizer_from_directory(directory: Path) -> PreTrainedTokenizerFast:
     """The directory's tokenizer; `trust_remote_code` is never given, so no code from it runs."""
     if not any((directory / name).exists() for name in VOCABULARIES):
@@ -18,7 +23,9 @@ def tokenizer_from_directory(directory: Path) -> PreTrainedTokenizerFast:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # transformers raises nearly anything on a broken tokenizer
+    except BaseException as error:  # transformers raises nearly anything on a broken tokenizer
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         told = " ".join(str(error).split())[:300]
         raise UserError(
             f"{directory}: the tokenizer cannot be read ({type(error).__name__}: {told}); "

@@ -142,7 +142,7 @@ def _read_in_layers(where: str, value: dict[str, Any], rows: Rows) -> bool:
             )
         for name, cosine in entry.items():
             number = number_array([cosine])
-            if number is None:
+            if number is None or number.shape != (1,):
                 raise UserError(f"{where}: {name} of layer {layer[:40]!r} is not a number.")
             one, two = (place.get((projection, layer)) for projection in _PAIRS[name])
             if one is None or two is None:

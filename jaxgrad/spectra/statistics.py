@@ -33,7 +33,8 @@ class Statistics(NamedTuple):
     float64 where the backend runs with x64, else float32; `rank_bound` int32. `entry_max` and
     `entry_min` are NaN unless asked for. `singular_values` [min(T, O, I)], descending, zero beyond
     the rank bound. `partner_cosine` and `layer_cosines` are filled in by whoever has all layers
-    (`similarity`); here they are NaN and empty.
+    (`similarity`); here they are NaN and empty. `input_finite` and `output_grad_finite` (bool) say of X
+    and D whether all their entries are: they tell where a NaN first appeared, and are no statistics.
     """
 
     nuclear_norm: jax.Array
@@ -50,6 +51,8 @@ class Statistics(NamedTuple):
     singular_values: jax.Array
     partner_cosine: jax.Array
     layer_cosines: jax.Array
+    input_finite: jax.Array
+    output_grad_finite: jax.Array
 
 
 def shared_input_statistics(
@@ -69,14 +72,15 @@ def shared_input_statistics(
         extremes: also find the largest and smallest entry, by tiles of G.
     """
     input_TI = input_TI.astype(at_least_float32(input_TI.dtype))
-    input_is_finite = jnp.all(jnp.isfinite(input_TI))
+    input_finite = _all_finite(input_TI)
     # LAPACK may loop on NaN: it gets zeros instead, and the statistics become NaN at the end.
-    input_TI = jnp.where(input_is_finite, input_TI, jnp.zeros_like(input_TI))
+    input_TI = jnp.where(input_finite, input_TI, jnp.zeros_like(input_TI))
     prepared = {way: prepare_input(input_TI, way) for way in sorted(set(algorithms.values()))}
     results = {}
     for name, grad_TO in output_grads.items():
         grad_TO = grad_TO.astype(at_least_float32(grad_TO.dtype))
-        finite = input_is_finite & jnp.all(jnp.isfinite(grad_TO))
+        grad_finite = _all_finite(grad_TO)
+        finite = input_finite & grad_finite
         rank_bound = _rank_bound(grad_TO, input_TI.shape[-1])
         grad_TO = jnp.where(finite, grad_TO, jnp.zeros_like(grad_TO))
         grad_TO, exponent = scale_to_one(grad_TO)
@@ -87,23 +91,30 @@ def shared_input_statistics(
         num_out, num_in = grad_TO.shape[-1], input_TI.shape[-1]
         sigma_R = sigma_R[: min(grad_TO.shape[-2], num_out, num_in)]
         results[name] = _describe(
-            sigma_R, (mean, largest, smallest), exponent, rank_bound, (num_out, num_in), finite
+            sigma_R,
+            (mean, largest, smallest),
+            exponent,
+            rank_bound,
+            (num_out, num_in),
+            finite,
+            (input_finite, grad_finite),
         )
     return results
 
 
 def matrix_statistics(
-    matrix_OI: jax.Array, output_grad_TO: jax.Array, *, extremes: bool
+    matrix_OI: jax.Array, input_TI: jax.Array, output_grad_TO: jax.Array, *, extremes: bool
 ) -> Statistics:
     """Statistics of a gradient matrix by its full SVD: method `dense`, the definition.
 
     Args:
         matrix_OI: G, float.
-        output_grad_TO: D, of which only the rows that are not zero are counted, for the rank bound.
+        input_TI: X, of which only is told whether it is finite.
+        output_grad_TO: D, likewise, and its rows that are not zero are counted, for the rank bound.
         extremes: also give the largest and smallest entry.
     """
     matrix_OI = matrix_OI.astype(at_least_float32(matrix_OI.dtype))
-    finite = jnp.all(jnp.isfinite(matrix_OI))
+    finite = _all_finite(matrix_OI)
     matrix_OI = jnp.where(finite, matrix_OI, jnp.zeros_like(matrix_OI))
     matrix_OI, exponent = scale_to_one(matrix_OI)
     entries = _wide(matrix_OI)
@@ -118,7 +129,12 @@ def matrix_statistics(
         rank_bound,
         (num_out, num_in),
         finite,
+        (_all_finite(input_TI), _all_finite(output_grad_TO)),
     )
+
+
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(array))
 
 
 def _wide(array: jax.Array) -> jax.Array:
@@ -170,6 +186,7 @@ def _describe(
     rank_bound: jax.Array,
     shape: tuple[int, int],
     finite: jax.Array,
+    factors_finite: tuple[jax.Array, jax.Array],
 ) -> Statistics:
     num_values = sigma_R.shape[-1]
     epsilon = float(jnp.finfo(sigma_R.dtype).eps)
@@ -210,4 +227,6 @@ def _describe(
         singular_values=scale(sigma_R),
         partner_cosine=jnp.full_like(total, jnp.nan),
         layer_cosines=jnp.zeros((0,), sigma_R.dtype),
+        input_finite=factors_finite[0],
+        output_grad_finite=factors_finite[1],
     )

@@ -178,7 +178,7 @@ def read_study(path: str | os.PathLike[str], *, limit: int | None = None) -> Stu
         raise UserError(f"{path}: no such file; --config takes a study's TOML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UTF-8, integers of 5000 digits
         raise UserError(f"{path}: is not TOML: {error}; mend that line") from error
     top = _Table(path, "", tree)
     top.only({"title", "about", "data_root", "analyze", "report", "models", "data"})

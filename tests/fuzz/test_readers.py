@@ -1,0 +1,40 @@
+"""Strangers' files, mutated: each ends in a clear error or a right result, in bounded time and memory.
+
+The same functions are run at length by run_mutated.py and run_atheris.py; BUILD_NOTES.md has the figures.
+"""
+
+import limits
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from readers import READERS
+
+# How many files of each: those that open a whole model take 10 to 100 ms each.
+SLOW = {"description": 20, "gguf": 60, "config": 60, "gguf_tokenizer": 60}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_valid_files_are_read(name):
+    assert all(READERS[name].one_input(valid) for valid in READERS[name].valid)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutated_files_end_in_an_error_or_a_right_result(name):
+    reader = READERS[name]
+    outcomes = set()
+
+    @settings(
+        max_examples=SLOW.get(name, 150),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.randoms(use_true_random=False))
+    def one_file(rng):
+        data = reader.mutated(rng)
+        with limits.limited():
+            outcomes.add(reader.one_input(data))
+
+    one_file()
+    assert outcomes == {True, False}  # mutations that only break, or never do, test nothing
