@@ -26,6 +26,7 @@ from jaxgrad.models.decoder import (
     num_parameters,
 )
 from jaxgrad.reduction import MeasureSettings
+from jaxgrad.sharding import ONE_DEVICE, MeshShape
 from jaxgrad.spectra import choose_algorithm
 from jaxgrad.spectra.similarity import TILE_ROWS
 
@@ -119,11 +120,14 @@ class BatchChoice:
         return self.at_hand is None or self.needed <= self.at_hand
 
 
-def batches_in_flight() -> int:
-    """How many batches are computed at once: two on a CPU of several cores, one elsewhere.
+def batches_in_flight(mesh: MeshShape = ONE_DEVICE) -> int:
+    """How many batches are computed at once: two on one device of a CPU of several cores, one elsewhere.
 
-    LAPACK runs on one thread (see `program`): with two batches the other core has work meanwhile.
+    LAPACK runs on one thread (see `program`): with two batches the other core has work meanwhile. On a
+    mesh two programs could each hold threads that the other's collectives wait for.
     """
+    if mesh != ONE_DEVICE:
+        return 1
     return min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
 
 

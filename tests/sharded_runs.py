@@ -1,0 +1,167 @@
+"""Eight CPU devices in one process: what every mesh gives, held against one device. Not a test itself.
+
+`python sharded_runs.py MODELS MESHES OPTIONS` (each a list with commas) prints one line of JSON: for every
+combination the largest relative difference of each statistic. `test_sharding.py` runs it, because the
+number of devices is settled before JAX is imported.
+"""
+
+import json
+import os
+import sys
+
+# A device's thread may wait for the others' LAPACK calls: eight of them share two cores.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+
+import jax
+import numpy as np
+
+from jaxgrad.batches import BatchArrays, BatchShape
+from jaxgrad.gradients import select_parameters
+from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
+from jaxgrad.models.families import read_config
+from jaxgrad.program import Programs
+from jaxgrad.reduction import MeasureSettings
+from jaxgrad.results.rows import SCALARS
+from jaxgrad.sharding import make_mesh, parameter_shardings, parse_mesh
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LAYERS = 3  # divides by no mesh
+
+
+def raw_config(model_type, num_kv_heads, **changes):
+    return {
+        "model_type": model_type,
+        "vocab_size": 232,
+        "hidden_size": 52,
+        "intermediate_size": 72,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": num_kv_heads,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    } | changes
+
+
+# 8 heads: a mesh of 8 splits them all. Key heads divide by none, some or all of the meshes.
+MODELS = {
+    "llama": raw_config("llama", 8, head_dim=10, hidden_act="silu", tie_word_embeddings=False),
+    "llama_gqa": raw_config(
+        "llama", 2, head_dim=10, hidden_act="silu", tie_word_embeddings=True, vocab_size=233
+    ),
+    "qwen2_gqa": raw_config(
+        "qwen2", 4, hidden_size=80, hidden_act="silu", tie_word_embeddings=False
+    ),
+    "qwen2_mqa": raw_config("qwen2", 1, hidden_size=80, hidden_act="silu", tie_word_embeddings=True),
+    # Groups of heads that no part of the devices has whole: 12 heads, 3 of keys.
+    "qwen2_odd": raw_config(
+        "qwen2", 3, num_attention_heads=12, hidden_size=120, hidden_act="silu",
+        tie_word_embeddings=True,
+    ),  # fmt: skip
+    "gemma2_gqa": raw_config(
+        "gemma2", 2, head_dim=10, hidden_activation="gelu_pytorch_tanh", sliding_window=7,
+        query_pre_attn_scalar=10, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
+        tie_word_embeddings=True,
+    ),  # fmt: skip
+    "gemma2_mha": raw_config(
+        "gemma2", 8, head_dim=10, hidden_activation="gelu_pytorch_tanh", sliding_window=7,
+        query_pre_attn_scalar=10, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
+        tie_word_embeddings=True, intermediate_size=71,
+    ),  # fmt: skip
+}
+OPTIONS = {
+    "attention": {"parameters": "attention"},
+    "all": {"parameters": "all", "spectrum": True, "extremes": True},
+    "similarity": {"parameters": "attention", "similarity": True},
+    "dense": {"parameters": "all", "method": "dense", "extremes": True},
+    "dense_similarity": {"parameters": "attention", "method": "dense", "similarity": True},
+    "uneven": {"parameters": r"layers\.(1|2)\.self_attn\.q|layers\.0\.self_attn\.k|lm_head"},
+    "layerwise": {"parameters": "all", "layerwise": True},
+}
+# An odd number of examples: every mesh has rows of padding.
+SHAPE, RESPONSES = BatchShape(7, 24, 16), (16, 3, 9, 11, 5, 1, 8)
+
+
+def random_weights(config):
+    """Weights whose scale keeps every activation near one, as NumPy arrays by name."""
+    shapes = named_parameters(abstract_decoder(config, np.float32)[1])
+    arrays = {}
+    for place, (name, value) in enumerate(shapes.items()):
+        noise = np.random.default_rng(place).standard_normal(value.shape)
+        if "norm" in name:
+            arrays[name] = 0.2 * noise + (config.norm != "rms_plus_one")
+        else:
+            arrays[name] = noise if name == "embedding" else 1.5 * noise / value.shape[-1] ** 0.5
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def random_batch(config):
+    rng = np.random.default_rng(5)
+    B, T, S = SHAPE.num_examples, SHAPE.num_tokens, SHAPE.num_responses
+    weights_BS = np.zeros((B, S))
+    for row, count in zip(weights_BS, RESPONSES, strict=True):
+        row[:count] = 1 / count
+    return BatchArrays(
+        rng.integers(0, config.vocab_size, (B, T), np.int32),
+        np.tile(np.arange(T - S - 1, T - 1, dtype=np.int32), (B, 1)),
+        rng.integers(0, config.vocab_size, (B, S), np.int32),
+        weights_BS,
+    )
+
+
+def measure(config, mesh, settings):
+    programs = Programs(config, "float32", settings, mesh)
+    arrays = random_weights(config)
+    places = {} if mesh is None else parameter_shardings(config, arrays, mesh)
+    state = with_parameters(
+        abstract_decoder(config, np.float32)[1],
+        {name: jax.device_put(array, places.get(name)) for name, array in arrays.items()},
+    )
+    return programs.measure(state, SHAPE, random_batch(config))
+
+
+def differences(found, expected):
+    """Largest difference of each number, relative to it, or to sigma_1 for what may be near zero."""
+    loss_B, statistics = found
+    largest = {"loss": float(np.max(np.abs(loss_B / expected[0] - 1)))}
+    assert list(statistics) == list(expected[1])
+    for name, want in expected[1].items():
+        got = statistics[name]
+        for field in (*SCALARS, "singular_values", "layer_cosines", "partner_cosine", "rank_bound"):
+            ours, theirs = getattr(got, field), getattr(want, field)
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (name, field)
+            assert np.array_equal(np.isnan(ours), np.isnan(theirs)), (name, field)
+            if not ours.size or np.isnan(ours).all():
+                continue
+            scale = np.abs(theirs)
+            if field.startswith(("entry", "sigma_min", "singular")):
+                top = want.sigma_max
+                scale = top[..., None] if field.startswith("singular") else top
+            elif "cosine" in field:
+                scale = 1.0
+            worst = float(np.nanmax(np.abs(ours - theirs) / scale))
+            largest[field] = max(largest.get(field, 0.0), worst)
+    return largest
+
+
+def main(models, meshes, options):
+    results = {}
+    for model in models:
+        config = read_config(MODELS[model], model)[1]
+        for option in options:
+            asked = dict(OPTIONS[option])
+            selection = select_parameters(config, asked.pop("parameters"))
+            settings = MeasureSettings(selection, **asked)
+            expected = measure(config, None, settings)
+            assert all(np.all(values.nuclear_norm > 0) for values in expected[1].values())
+            for text in meshes:
+                mesh = make_mesh(parse_mesh(text))
+                found = measure(config, mesh, settings)
+                results[f"{model} {option} {text}"] = differences(found, expected)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*(argument.split(",") for argument in sys.argv[1:4]))
