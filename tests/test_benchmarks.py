@@ -160,5 +160,6 @@ def test_the_shapes_are_the_published_ones(monkeypatch):
         "Qwen2.5-0.5B": 494_032_768,
         "Qwen2-1.5B": published["Qwen2-1.5B"]["parameters"],
         "Llama-3.1-8B": published["Llama-3.1-8B"]["parameters"],
+        "Llama-3.1-70B": 70_553_706_496,  # as the hub counts them
         "gemma-2-9b": published["gemma-2-9b"]["parameters"],
     }
