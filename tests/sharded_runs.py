@@ -1,22 +1,30 @@
 """Eight CPU devices in one process: what every mesh gives, held against one device. Not a test itself.
 
-`python sharded_runs.py MODELS MESHES OPTIONS` (each a list with commas) prints one line of JSON: for every
-combination the largest relative difference of each statistic. `test_sharding.py` runs it, because the
-number of devices is settled before JAX is imported.
+`python sharded_runs.py compare MODELS MESHES OPTIONS` (each a list with commas) prints one line of JSON:
+for every combination the largest relative difference of each statistic. `python sharded_runs.py load DIR`
+loads the models in DIR to their shards and moves a run from mesh to mesh. `test_sharding.py` runs it,
+because the number of devices is settled before JAX is imported.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 
-# A device's thread may wait for the others' LAPACK calls: eight of them share two cores.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+if __name__ == "__main__":
+    # A device's thread may wait long for the others: eight of them share two cores.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
 
 import jax
 import numpy as np
 
+import jaxgrad
+from jaxgrad import UserError, pipeline
 from jaxgrad.batches import BatchArrays, BatchShape
 from jaxgrad.gradients import select_parameters
 from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
@@ -24,9 +32,8 @@ from jaxgrad.models.families import read_config
 from jaxgrad.program import Programs
 from jaxgrad.reduction import MeasureSettings
 from jaxgrad.results.rows import SCALARS
-from jaxgrad.sharding import make_mesh, parameter_shardings, parse_mesh
+from jaxgrad.sharding import MeshShape, make_mesh, parameter_shardings, parse_mesh
 
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LAYERS = 3  # divides by no mesh
 
 
@@ -45,6 +52,35 @@ def raw_config(model_type, num_kv_heads, **changes):
     } | changes
 
 
+GEMMA2 = {
+    "head_dim": 10,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
+GPT_NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": 232,
+    "hidden_size": 64,
+    "intermediate_size": 72,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 64,
+    "rotary_pct": 0.5,
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 231,
+    "n_embd": 56,
+    "n_layer": LAYERS,
+    "n_head": 8,
+    "n_positions": 64,
+}
 # 8 heads: a mesh of 8 splits them all. Key heads divide by none, some or all of the meshes.
 MODELS = {
     "llama": raw_config("llama", 8, head_dim=10, hidden_act="silu", tie_word_embeddings=False),
@@ -54,22 +90,32 @@ MODELS = {
     "qwen2_gqa": raw_config(
         "qwen2", 4, hidden_size=80, hidden_act="silu", tie_word_embeddings=False
     ),
-    "qwen2_mqa": raw_config("qwen2", 1, hidden_size=80, hidden_act="silu", tie_word_embeddings=True),
+    "qwen2_mqa": raw_config(
+        "qwen2", 1, hidden_size=80, hidden_act="silu", tie_word_embeddings=True
+    ),
     # Groups of heads that no part of the devices has whole: 12 heads, 3 of keys.
     "qwen2_odd": raw_config(
-        "qwen2", 3, num_attention_heads=12, hidden_size=120, hidden_act="silu",
+        "qwen2",
+        3,
+        num_attention_heads=12,
+        hidden_size=120,
+        hidden_act="silu",
         tie_word_embeddings=True,
-    ),  # fmt: skip
-    "gemma2_gqa": raw_config(
-        "gemma2", 2, head_dim=10, hidden_activation="gelu_pytorch_tanh", sliding_window=7,
-        query_pre_attn_scalar=10, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
-        tie_word_embeddings=True,
-    ),  # fmt: skip
-    "gemma2_mha": raw_config(
-        "gemma2", 8, head_dim=10, hidden_activation="gelu_pytorch_tanh", sliding_window=7,
-        query_pre_attn_scalar=10, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
-        tie_word_embeddings=True, intermediate_size=71,
-    ),  # fmt: skip
+    ),
+    "gemma2_gqa": raw_config("gemma2", 2, **GEMMA2),
+    "gemma2_mha": raw_config("gemma2", 8, intermediate_size=71, **GEMMA2),
+    # Norms of queries and keys, by head and over all heads; biases; no gates; learned positions.
+    "qwen3": raw_config("qwen3", 2, head_dim=10, hidden_act="silu", tie_word_embeddings=True),
+    "olmo2": raw_config(
+        "olmo2",
+        4,
+        hidden_size=80,
+        hidden_act="silu",
+        tie_word_embeddings=False,
+        attention_bias=True,
+    ),
+    "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
 }
 OPTIONS = {
     "attention": {"parameters": "attention"},
@@ -111,15 +157,18 @@ def random_batch(config):
     )
 
 
-def measure(config, mesh, settings):
-    programs = Programs(config, "float32", settings, mesh)
+def random_state(config, mesh):
     arrays = random_weights(config)
     places = {} if mesh is None else parameter_shardings(config, arrays, mesh)
-    state = with_parameters(
+    return with_parameters(
         abstract_decoder(config, np.float32)[1],
         {name: jax.device_put(array, places.get(name)) for name, array in arrays.items()},
     )
-    return programs.measure(state, SHAPE, random_batch(config))
+
+
+def measure(config, mesh, settings):
+    programs = Programs(config, "float32", settings, mesh)
+    return programs.measure(random_state(config, mesh), SHAPE, random_batch(config))
 
 
 def differences(found, expected):
@@ -146,7 +195,8 @@ def differences(found, expected):
     return largest
 
 
-def main(models, meshes, options):
+def compare(models, meshes, options):
+    """What every mesh gives, held against one device."""
     results = {}
     for model in models:
         config = read_config(MODELS[model], model)[1]
@@ -160,8 +210,113 @@ def main(models, meshes, options):
                 mesh = make_mesh(parse_mesh(text))
                 found = measure(config, mesh, settings)
                 results[f"{model} {option} {text}"] = differences(found, expected)
-    print(json.dumps(results))
+    return results
+
+
+def halved(config):
+    """A mesh on which a device has room for two rows: 13 examples become parts; none is refused."""
+    settings = MeasureSettings(select_parameters(config, "q_proj"))
+    whole = measure(config, None, settings)
+    mesh, original = make_mesh(MeshShape(4, 1)), Programs.compiled
+    shape, room = dataclasses.replace(SHAPE, num_examples=13), 1
+
+    def compiled(self, shape):
+        if shape.num_examples > 4 * room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return original(self, shape)
+
+    Programs.compiled = compiled
+    try:
+        programs = Programs(config, "float32", settings, mesh)
+        arrays = random_batch(config)
+        rows = [*range(7), *range(6)]
+        fields = [field.name for field in dataclasses.fields(arrays)]
+        longer = BatchArrays(*(getattr(arrays, name)[rows] for name in fields))
+        loss_B, _ = programs.measure(random_state(config, mesh), shape, longer)
+        room, refused = 0, ""
+        try:
+            Programs(config, "float32", settings, mesh).memory(shape)
+        except UserError as error:
+            refused = str(error)
+    finally:
+        Programs.compiled = original
+    worst = float(np.max(np.abs(loss_B / whole[0][rows] - 1)))
+    halves = [[one.num_examples, other.num_examples] for one, other in programs.halves.items()]
+    return {"halves": halves, "halved_worst": worst, "refused": refused}
+
+
+def load(directory):
+    """Shards of a loaded model; a run that is interrupted on one mesh and continued on another."""
+    found = {"bytes": {}}
+    for place in ("source", "saved"):
+        path = str(directory / place)
+        whole, split = jaxgrad.load_model(path), jaxgrad.load_model(path, mesh="2x3")
+        assert whole.fingerprint == split.fingerprint
+        expected = named_parameters(whole.state)
+        for name, array in named_parameters(split.state).items():
+            assert np.array_equal(array, expected[name]), name
+            assert len(array.addressable_shards) == 6
+            sizes = {shard.data.nbytes for shard in array.addressable_shards}
+            (found["bytes"].setdefault(place, {})[name],) = sizes
+        found["weight_bytes"] = split.weight_bytes
+    return found | halved(whole.config) | work_spaces(whole.config) | moved(directory)
+
+
+def work_spaces(config):
+    """XLA's account of three examples on one device, and of 24 on eight."""
+    settings = MeasureSettings(select_parameters(config, "q_proj"))
+    spaces = {}
+    for text, num_examples in (("1x1", 3), ("8x1", 24)):
+        mesh, shape = make_mesh(parse_mesh(text)), dataclasses.replace(SHAPE, num_tokens=48)
+        shape = dataclasses.replace(shape, num_examples=num_examples)
+        spaces[text] = Programs(config, "float32", settings, mesh).memory(shape).work_space
+    return {"work_space": spaces}
+
+
+def moved(directory):
+    """One device for all; and mesh 2x3 up to the first batch, then 4x1."""
+    options = jaxgrad.AnalyzeOptions(max_length=48, chat="no", parameters="q_proj", batch_tokens=96)
+    lines = []
+
+    def run(name, mesh):
+        jaxgrad.run_analysis(
+            model_path=str(directory / "source"),
+            data_paths=[directory / "data.json"],
+            output_dir=directory / name,
+            options=options,
+            mesh=mesh,
+            say=lines.append,
+            progress=False,
+        )
+        return json.loads((directory / name / "run.json").read_text())
+
+    undisturbed = run("one", "1x1")
+    original = pipeline.measured
+
+    def interrupted(*arguments):
+        yield next(original(*arguments))
+        raise KeyboardInterrupt
+
+    pipeline.measured = interrupted
+    with contextlib.suppress(KeyboardInterrupt):
+        run("moved", "2x3")
+    pipeline.measured = original
+    continued = run("moved", "4x1")
+    assert continued["identity"] == undisturbed["identity"]
+    ours, theirs = (jaxgrad.read_results(directory / name).matrices for name in ("moved", "one"))
+    assert len(ours) == len(theirs) > 0
+    worst = (ours["nuclear_norm"] / theirs["nuclear_norm"] - 1).abs().max()
+    sessions = [session["info"]["device"]["mesh"] for session in continued["sessions"]]
+    return {"sessions": sessions, "computed": len(ours), "worst": float(worst)}
+
+
+def main(command, *arguments):
+    """One line of JSON."""
+    if command == "load":
+        print(json.dumps(load(Path(*arguments))))
+    else:
+        print(json.dumps(compare(*(argument.split(",") for argument in arguments))))
 
 
 if __name__ == "__main__":
-    main(*(argument.split(",") for argument in sys.argv[1:4]))
+    main(*sys.argv[1:])
