@@ -21,7 +21,7 @@ from jaxgrad.dtypes import DTYPES, at_least_float32
 from jaxgrad.gradients import CHUNK
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import PROJECTIONS
-from jaxgrad.reduction import MeasureSettings
+from jaxgrad.reduction import MeasureSettings, groups_of
 from jaxgrad.sharding import ONE_DEVICE, MeshShape
 from jaxgrad.spectra import choose_algorithm
 from jaxgrad.spectra.similarity import TILE_ROWS
@@ -216,16 +216,15 @@ def _moved(
     config: DecoderConfig, settings: MeasureSettings, shape: BatchShape, mesh: MeshShape
 ) -> int:
     """Numbers in the factors (or matrices) that a device of a mesh has of its own layers, whole."""
-    sizes, names = projection_sizes(config), settings.selection.names
-    T, total = shape.num_tokens, 0
-    for name in names:
-        rows = T if PROJECTIONS[name].stacked else shape.num_responses
-        num_out, num_in = sizes[name]
-        numbers = num_out * num_in if settings.method == "dense" else rows * num_in
-        layers = -(-len(settings.selection[name]) // mesh.model)
-        if settings.similarity:
-            layers += config.num_layers
-        total += layers * (rows * num_out + numbers)
+    sizes, total = projection_sizes(config), 0
+    for names in groups_of(settings.selection):
+        rows = shape.num_tokens if PROJECTIONS[names[0]].stacked else shape.num_responses
+        layers = -(-len(settings.selection[names[0]]) // mesh.model)
+        layers += config.num_layers * settings.similarity
+        numbers = rows * (sizes[names[0]][1] + sum(sizes[name][0] for name in names))
+        if settings.method == "dense":
+            numbers += sum(math.prod(sizes[name]) for name in names)
+        total += layers * numbers
     return mesh.rows(shape.num_examples) * total
 
 
@@ -245,9 +244,8 @@ def _reduction(
     for name in selection.names:
         num_out, num_in = sizes[name]
         rows = T if PROJECTIONS[name].stacked else shape.num_responses
-        at_once = -(-len(selection[name]) // mesh.model)
-        if backend == "cpu" or settings.layerwise:
-            at_once = 1
+        layers = -(-len(selection[name]) // mesh.model)
+        at_once = 1 if backend == "cpu" or settings.layerwise else layers
         short, matrix = min(num_out, num_in), num_out * num_in
         algorithm = choose_algorithm(
             rows, num_out, num_in, backend=backend, method=settings.method, is_float64=size == 8
@@ -306,15 +304,14 @@ def predict_disk(
     return DiskPrediction(int(parquet), int(journal))
 
 
-def memory_at_hand(mesh: MeshShape = ONE_DEVICE) -> int | None:
-    """Bytes for weights and work space of a device: its limit, or what this machine has available.
+def memory_at_hand() -> int | None:
+    """Bytes for weights and work space: a device's limit, or what this machine has available.
 
     None where neither is told. On a CPU what this process holds already is not in it, and the devices of
-    a mesh share the machine's.
+    a mesh share it.
     """
     if jax.default_backend() == "cpu":
-        machine = _machine_memory()
-        return None if machine is None else machine // mesh.num_devices
+        return _machine_memory()
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
 

@@ -134,10 +134,10 @@ def fit_batches(
         )
     # A dry run's devices need not be there, and what they have is then not known.
     are_here = mesh.num_devices <= len(jax.local_devices())
-    at_hand = memory_at_hand(mesh) if are_here else None
+    at_hand = memory_at_hand() if are_here else None
     on_cpu = jax.default_backend() == "cpu"
     if at_hand is not None and on_cpu:
-        at_hand += loaded
+        at_hand = at_hand // mesh.num_devices + loaded
     rows = choose_row_shapes(tokenized, max_length=options.max_length)
 
     default = options.tokens_of_a_batch * (1 if options.batch_tokens is not None else mesh.data)

@@ -112,7 +112,7 @@ def machine(monkeypatch):
     def build(num_bytes):
         monkeypatch.setattr(jax, "local_devices", lambda: [None] * 8)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(planning, "memory_at_hand", lambda *_: num_bytes)
+        monkeypatch.setattr(planning, "memory_at_hand", lambda: num_bytes)
 
     return build
 
@@ -137,7 +137,7 @@ def test_auto_splits_weights_only_where_they_do_not_fit(machine):
 
 def test_auto_is_one_device_on_a_cpu(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [None] * 8)
-    monkeypatch.setattr(planning, "memory_at_hand", lambda *_: 1)
+    monkeypatch.setattr(planning, "memory_at_hand", lambda: 1)
     assert planning.settle_mesh(None, AnalyzeOptions(), SMOL, ()) == MeshShape(1, 1)
 
 
