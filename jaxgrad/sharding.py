@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrad.errors import UserError
@@ -114,9 +113,13 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
         )
     if shape == ONE_DEVICE:
         return None
-    grid = np.asarray(devices[: shape.num_devices]).reshape(shape)
     # Auto: the compiler splits the passes, from the shardings of parameters and batch.
-    return Mesh(grid, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(
+        shape,
+        (DATA, MODEL),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: shape.num_devices],
+    )
 
 
 def shape_of(mesh: Mesh | None) -> MeshShape:
