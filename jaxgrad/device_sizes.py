@@ -1,4 +1,4 @@
-"""The sizes of a decoder as one device of a mesh has them; on one device all of it."""
+"""A decoder as one device of a mesh has it, on one device all of it: sizes, and what its passes keep."""
 
 import functools
 import math
@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.fill import parameter_shapes
 from jaxgrad.sharding import ONE_DEVICE, MeshShape, device_sizes, divided
+
+# Arrays a layer and token that wait for the backward pass, fitted to XLA's account. Linear maps keep
+# nothing: their inputs are needed for weights' gradients only, which are not taken.
+STREAM_ARRAYS = 4  # of D: norms and what they are of
+POST_NORM_ARRAYS = 4  # of D more, where norms stand before and after
+GATED_ARRAYS, PLAIN_ARRAYS = 5, 3  # of F
+QK_NORM_ARRAYS = 2  # of the queries and keys, where these are normed
+# The same where the weights are split: the compiler keeps other arrays, among them none of queries or keys.
+SPLIT_STREAM_ARRAYS, SPLIT_GATED_ARRAYS, SPLIT_PLAIN_ARRAYS = 2, 6, 4
 
 
 @dataclass(frozen=True)
@@ -77,3 +86,17 @@ def sizes_on(config: DecoderConfig, mesh: MeshShape) -> DeviceSizes:
             "lm_head": (vocabulary, width),
         },
     )
+
+
+def kept_numbers(config: DecoderConfig, mesh: MeshShape) -> int:
+    """Numbers a layer and token that wait for the backward pass on a device."""
+    own, width = sizes_on(config, mesh), config.width
+    if mesh.model == 1:
+        count = STREAM_ARRAYS * width
+        count += (GATED_ARRAYS if config.gated_mlp else PLAIN_ARRAYS) * own.mlp
+        count += own.queries + 2 * own.keys
+    else:
+        count = SPLIT_STREAM_ARRAYS * width
+        count += (SPLIT_GATED_ARRAYS if config.gated_mlp else SPLIT_PLAIN_ARRAYS) * own.mlp
+    count += POST_NORM_ARRAYS * width * (config.norm_placement == "both")
+    return count + QK_NORM_ARRAYS * (own.queries + own.keys) * (config.qk_norm != "none")

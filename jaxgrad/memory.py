@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxgrad.batches import BatchShape
-from jaxgrad.device_sizes import projection_sizes, sizes_on
+from jaxgrad.device_sizes import kept_numbers, projection_sizes, sizes_on
 from jaxgrad.dtypes import DTYPES, at_least_float32
 from jaxgrad.gradients import CHUNK
 from jaxgrad.models.config import DecoderConfig
@@ -26,12 +26,8 @@ from jaxgrad.sharding import ONE_DEVICE, MeshShape
 from jaxgrad.spectra import choose_algorithm
 from jaxgrad.spectra.similarity import TILE_ROWS
 
-# Arrays a layer and token that wait for the backward pass, fitted to XLA's account. Linear maps keep
-# nothing: their inputs are needed for weights' gradients only, which are not taken.
-STREAM_ARRAYS = 4  # of D: norms and what they are of
-POST_NORM_ARRAYS = 4  # of D more, where norms stand before and after
-GATED_ARRAYS, PLAIN_ARRAYS = 5, 3  # of F
-QK_NORM_ARRAYS = 2  # of the queries and keys, where these are normed
+# Where the weights are split: arrays of the stream's size that are sums over devices, of one layer.
+SUM_ARRAYS = 4
 # Arrays of the scores' size, T x T a head, of the one layer that is differentiated.
 SCORE_ARRAYS = 3.0
 # Arrays [B, positions, V] of the loss; positions are at most a chunk of them (`gradients.CHUNK`).
@@ -162,13 +158,8 @@ def predict_memory(
     emulated = backend == "cpu" and size < wide
     active = wide if emulated else size
     own = sizes_on(config, mesh)
-    queries, keys = own.queries, own.keys
 
-    floats = STREAM_ARRAYS * D + (GATED_ARRAYS if config.gated_mlp else PLAIN_ARRAYS) * own.mlp
-    floats += queries + 2 * keys
-    floats += POST_NORM_ARRAYS * D * (config.norm_placement == "both")
-    floats += QK_NORM_ARRAYS * (queries + keys) * (config.qk_norm != "none")
-    residuals = B * L * T * floats * active
+    residuals = B * L * T * kept_numbers(config, mesh) * active
     scores = SCORE_ARRAYS * B * own.heads * T * T * wide
     copy = (own.parameters if emulated else own.layer_parameters) * active
 
@@ -189,6 +180,7 @@ def predict_memory(
     reduction = _reduction(config, settings, shape, backend, size, mesh) + copy * emulated
     if mesh.model > 1:
         reduction += _moved(config, settings, shape, mesh) * active
+        scores += SUM_ARRAYS * B * T * D * active
     return MemoryPrediction(
         shape=shape,
         weights=own.parameters * size,

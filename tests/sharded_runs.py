@@ -26,7 +26,8 @@ import numpy as np
 import jaxgrad
 from jaxgrad import UserError, pipeline
 from jaxgrad.batches import BatchArrays, BatchShape
-from jaxgrad.gradients import select_parameters
+from jaxgrad.gradients import ExampleArrays, select_parameters
+from jaxgrad.measure_sharded import measure_batch_on
 from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxgrad.models.families import read_config
 from jaxgrad.program import Programs
@@ -259,7 +260,9 @@ def load(directory):
             sizes = {shard.data.nbytes for shard in array.addressable_shards}
             (found["bytes"].setdefault(place, {})[name],) = sizes
         found["weight_bytes"] = split.weight_bytes
-    return found | halved(whole.config) | work_spaces(whole.config) | moved(directory)
+    config = whole.config
+    found |= halved(config) | work_spaces(config) | reduced_shapes(config)
+    return found | moved(directory)
 
 
 def work_spaces(config):
@@ -271,6 +274,27 @@ def work_spaces(config):
         shape = dataclasses.replace(shape, num_examples=num_examples)
         spaces[text] = Programs(config, "float32", settings, mesh).memory(shape).work_space
     return {"work_space": spaces}
+
+
+def reduced_shapes(config):
+    """Examples and layers that a device of 2 x 3 reduces, of 8 examples and all layers."""
+    mesh = make_mesh(MeshShape(2, 3))
+    settings = MeasureSettings(select_parameters(config, "all"))
+    graphdef, state = abstract_decoder(config, np.float32)
+    sizes = [(8, 24), (8, 16), (8, 16), (8, 16)]
+    kinds = (np.int32, np.int32, np.int32, np.float64)
+    batch = [jax.ShapeDtypeStruct(*pair) for pair in zip(sizes, kinds, strict=True)]
+    with jax.enable_x64(True):
+        traced = jax.make_jaxpr(measure_batch_on, static_argnums=(0, 3, 4))(
+            graphdef, state, ExampleArrays(*batch), settings, mesh
+        )
+    (program,) = traced.eqns
+    found = set()
+    for equation in program.params["jaxpr"].eqns:
+        if equation.primitive.name == "shard_map":
+            inner = equation.params["jaxpr"]
+            found |= {variable.aval.shape[:2] for variable in inner.invars}
+    return {"reduced": sorted(found)}
 
 
 def moved(directory):

@@ -193,7 +193,9 @@ def test_a_dry_run_needs_no_devices(tmp_path):
     data.write_text(json.dumps([{"instruction": "what", "output": "so it is"}]))
     lines = []
     asked = {"model_path": str(model), "data_paths": [data], "say": lines.append}
-    (found,) = jaxgrad.dry_run(**asked, mesh="8x8", options=AnalyzeOptions(max_length=48, chat="no"))
+    (found,) = jaxgrad.dry_run(
+        **asked, mesh="8x8", options=AnalyzeOptions(max_length=48, chat="no")
+    )
     assert lines[0].startswith("memory per device of mesh 8x8: ")
     assert found.memory.mesh == MeshShape(8, 8)
     assert any("4 kv heads, the MLP's width 71" in line for line in lines), lines
@@ -269,5 +271,7 @@ def test_a_model_goes_straight_to_its_devices_and_a_run_from_mesh_to_mesh(tmp_pa
     assert found["refused"].startswith("the memory of cpu is too small for one example")
     assert found["sessions"] == ["2x3", "4x1"]
     assert found["computed"] and found["worst"] < 1e-5
+    # Of eight examples on two devices, and three layers on three.
+    assert found["reduced"] == [[4, 1]]
     # A device of eight has as much to hold as one alone with its examples.
     assert found["work_space"]["8x1"] == pytest.approx(found["work_space"]["1x1"], rel=0.1)
