@@ -44,8 +44,8 @@ def define_shapes_flags() -> FlagGroup:
         "shapes",
         [],
         "Instead of --data_path: names of published models, with commas (SmolLM2-135M, SmolLM2-360M, "
-        "Qwen2.5-0.5B, Qwen2-1.5B, Llama-3.1-8B, gemma-2-9b), built with random weights and fed random "
-        "tokens.",
+        "Qwen2.5-0.5B, Qwen2-1.5B, Llama-3.1-8B, Llama-3.1-70B, gemma-2-9b), built with random weights "
+        "and fed random tokens.",
     )
     flags.DEFINE_list("tokens", ["128"], "Tokens of a random example, several with commas.")
     flags.DEFINE_integer("responses", 32, "Response tokens of a random example.", 1)

@@ -34,6 +34,20 @@ _SMOL = {
     "tie_word_embeddings": True,
 }
 
+_LLAMA31 = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
 
 def _sizes(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
     return {
@@ -50,21 +64,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "SmolLM2-360M": _LLAMA | _SMOL | _sizes(960, 2560, 32, 15, 5),
     "Qwen2.5-0.5B": _QWEN | _sizes(896, 4864, 24, 14, 2),
     "Qwen2-1.5B": _QWEN | _sizes(1536, 8960, 28, 12, 2),
-    "Llama-3.1-8B": _LLAMA
-    | _sizes(4096, 14336, 32, 32, 8)
-    | {
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-    },
+    "Llama-3.1-8B": _LLAMA | _LLAMA31 | _sizes(4096, 14336, 32, 32, 8),
+    "Llama-3.1-70B": _LLAMA | _LLAMA31 | _sizes(8192, 28672, 80, 64, 8),
     "gemma-2-9b": _sizes(3584, 14336, 42, 16, 8)
     | {
         "model_type": "gemma2",

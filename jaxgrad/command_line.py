@@ -266,8 +266,8 @@ def define_compute_flags() -> FlagGroup:
     flags.DEFINE_integer(
         "batch_tokens",
         None,
-        "Padded tokens of a batch. Not given: 512 on a CPU, 8192 elsewhere, or as many as fit in the "
-        "memory; a run that is continued keeps its own.",
+        "Padded tokens of a batch. Not given: 512 on a CPU, 8192 elsewhere, times the D of --mesh, or as "
+        "many as fit in the memory; a run that is continued keeps its own.",
         lower_bound=1,
     )
     flags.DEFINE_enum(
@@ -286,7 +286,13 @@ def define_compute_flags() -> FlagGroup:
         "Reduce each layer inside the backward pass: memory for one layer's factors instead of all, for "
         "one more forward pass. auto: where the memory is too small otherwise. Not with --similarity.",
     )
-    return FlagGroup("Computation", ("batch_tokens", "dtype", "precision", "layerwise"))
+    flags.DEFINE_string(
+        "mesh",
+        "auto",
+        "DxM: split the examples of a batch over D devices of this process and the weights over M. auto: "
+        "weights are split only where the model does not fit on one device; on a CPU one device.",
+    )
+    return FlagGroup("Computation", ("batch_tokens", "dtype", "precision", "layerwise", "mesh"))
 
 
 def define_dry_run_flags() -> FlagGroup:

@@ -11,13 +11,8 @@ from flax import nnx
 
 from jaxgrad.gradients import ExampleArrays, Factors, Selection, example_gradients
 from jaxgrad.layerwise import measure_layerwise
-from jaxgrad.reduction import MeasureSettings, over_layers, reduce_factors, take_layers
-from jaxgrad.spectra import (
-    Statistics,
-    matrix_similarities,
-    matrix_statistics,
-    similarities,
-)
+from jaxgrad.reduction import MeasureSettings, reduce_factors, reduce_matrices, take_layers
+from jaxgrad.spectra import Similarities, Statistics, matrix_similarities, similarities
 
 
 def measure_example(
@@ -27,33 +22,30 @@ def measure_example(
     selection = settings.selection
     if settings.layerwise:
         loss, statistics = measure_layerwise(graphdef, state, example, settings)
-        return loss, _without_spectrum(statistics, settings)
+        return loss, without_spectrum(statistics, settings)
     loss, factors, matrices = example_gradients(
         graphdef, state, example, selection.names, matrices=settings.method == "dense"
     )
     if settings.method == "dense":
-        reduce = functools.partial(matrix_statistics, extremes=settings.extremes)
         statistics = {
-            name: over_layers(
-                lambda operands: reduce(*operands),
-                (
-                    take_layers(matrix, selection[name]),
-                    take_layers(factors[name].input_LTI, selection[name]),
-                    take_layers(factors[name].output_grad_LTO, selection[name]),
-                ),
+            name: reduce_matrices(
+                take_layers(matrix, selection[name]),
+                Factors(*(take_layers(part, selection[name]) for part in factors[name])),
+                settings,
             )
             for name, matrix in matrices.items()
         }
     else:
         statistics = reduce_factors(factors, settings)
     if settings.similarity:
-        statistics = _with_similarities(statistics, factors, matrices, selection)
-    return loss, _without_spectrum(statistics, settings)
+        statistics = with_cosines(statistics, cosines_between(factors, matrices, selection))
+    return loss, without_spectrum(statistics, settings)
 
 
-def _without_spectrum(
+def without_spectrum(
     statistics: dict[str, Statistics], settings: MeasureSettings
 ) -> dict[str, Statistics]:
+    """The statistics, their singular values left out unless these are to be kept."""
     if settings.spectrum:
         return statistics
     return {
@@ -62,26 +54,29 @@ def _without_spectrum(
     }
 
 
-def _with_similarities(
-    statistics: dict[str, Statistics],
-    factors: dict[str, Factors],
-    matrices: dict[str, jax.Array],
-    selection: Selection,
-) -> dict[str, Statistics]:
+def cosines_between(
+    factors: dict[str, Factors], matrices: dict[str, jax.Array], selection: Selection
+) -> dict[str, Similarities]:
+    """Cosines between one example's gradients, from the matrices where there are any, or the factors."""
     layers = dict(selection.layers)
     if matrices:  # method dense
-        found = matrix_similarities(
+        return matrix_similarities(
             {name: take_layers(matrix, layers[name]) for name, matrix in matrices.items()}, layers
         )
-    else:
-        chosen = {
-            name: (
-                take_layers(pair.input_LTI, layers[name]),
-                take_layers(pair.output_grad_LTO, layers[name]),
-            )
-            for name, pair in factors.items()
-        }
-        found = similarities(chosen, layers)
+    chosen = {
+        name: (
+            take_layers(pair.input_LTI, layers[name]),
+            take_layers(pair.output_grad_LTO, layers[name]),
+        )
+        for name, pair in factors.items()
+    }
+    return similarities(chosen, layers)
+
+
+def with_cosines(
+    statistics: dict[str, Statistics], found: dict[str, Similarities]
+) -> dict[str, Statistics]:
+    """The statistics with the cosines in their places."""
     return {
         name: values._replace(
             partner_cosine=found[name].partner_L, layer_cosines=found[name].layers_LL

@@ -16,25 +16,18 @@ import jax
 import numpy as np
 
 from jaxgrad.batches import BatchShape
+from jaxgrad.device_sizes import kept_numbers, projection_sizes, sizes_on
 from jaxgrad.dtypes import DTYPES, at_least_float32
 from jaxgrad.gradients import CHUNK
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import (
-    PROJECTIONS,
-    abstract_decoder,
-    named_parameters,
-    num_parameters,
-)
-from jaxgrad.reduction import MeasureSettings
+from jaxgrad.models.decoder import PROJECTIONS
+from jaxgrad.reduction import MeasureSettings, groups_of
+from jaxgrad.sharding import ONE_DEVICE, MeshShape
 from jaxgrad.spectra import choose_algorithm
 from jaxgrad.spectra.similarity import TILE_ROWS
 
-# Arrays a layer and token that wait for the backward pass, fitted to XLA's account. Linear maps keep
-# nothing: their inputs are needed for weights' gradients only, which are not taken.
-STREAM_ARRAYS = 4  # of D: norms and what they are of
-POST_NORM_ARRAYS = 4  # of D more, where norms stand before and after
-GATED_ARRAYS, PLAIN_ARRAYS = 5, 3  # of F
-QK_NORM_ARRAYS = 2  # of the queries and keys, where these are normed
+# Where the weights are split: arrays of the stream's size that are sums over devices, of one layer.
+SUM_ARRAYS = 4
 # Arrays of the scores' size, T x T a head, of the one layer that is differentiated.
 SCORE_ARRAYS = 3.0
 # Arrays [B, positions, V] of the loss; positions are at most a chunk of them (`gradients.CHUNK`).
@@ -52,7 +45,7 @@ JOURNAL_BATCH_BYTES, JOURNAL_ROW_BYTES = 5000, 137
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """What the program for one batch shape needs on its device, in bytes.
+    """What the program for one batch shape needs on its device, on a mesh on each of them, in bytes.
 
     Attributes:
         shape: the batch.
@@ -62,6 +55,7 @@ class MemoryPrediction:
         layer: work of the one layer in the backward pass: its weights as a copy, its attention scores.
         head: logits, and what the loss makes of them.
         reduction: from factors to numbers: copies, Gram matrices and built gradients.
+        mesh: where it runs.
     """
 
     shape: BatchShape
@@ -71,6 +65,7 @@ class MemoryPrediction:
     layer: int
     head: int
     reduction: int
+    mesh: MeshShape = ONE_DEVICE
 
     @property
     def work_space(self) -> int:
@@ -81,7 +76,7 @@ class MemoryPrediction:
     @property
     def total(self) -> int:
         """Weights, and the work space of the batches that are in flight at once."""
-        return self.weights + batches_in_flight() * self.work_space
+        return self.weights + batches_in_flight(self.mesh) * self.work_space
 
 
 @dataclass(frozen=True)
@@ -119,33 +114,20 @@ class BatchChoice:
         return self.at_hand is None or self.needed <= self.at_hand
 
 
-def batches_in_flight() -> int:
-    """How many batches are computed at once: two on a CPU of several cores, one elsewhere.
+def batches_in_flight(mesh: MeshShape = ONE_DEVICE) -> int:
+    """How many batches are computed at once: two on one device of a CPU of several cores, one elsewhere.
 
-    LAPACK runs on one thread (see `program`): with two batches the other core has work meanwhile.
+    LAPACK runs on one thread (see `program`): with two batches the other core has work meanwhile. On a
+    mesh two programs could each hold threads that the other's collectives wait for.
     """
+    if mesh != ONE_DEVICE:
+        return 1
     return min(2, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
 
 
-def projection_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Projection -> (outputs, inputs) of its weight."""
-    attention, kv = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    width, mlp = config.width, config.mlp_width
-    return {
-        "q": (attention, width),
-        "k": (kv, width),
-        "v": (kv, width),
-        "o": (width, attention),
-        "gate": (mlp, width),
-        "up": (mlp, width),
-        "down": (width, mlp),
-        "lm_head": (config.vocab_size, width),
-    }
-
-
-def weight_bytes(config: DecoderConfig, dtype: str) -> int:
-    """All parameters, exactly."""
-    return num_parameters(config) * np.dtype(DTYPES[dtype]).itemsize
+def weight_bytes(config: DecoderConfig, dtype: str, mesh: MeshShape = ONE_DEVICE) -> int:
+    """All parameters that a device holds, exactly."""
+    return sizes_on(config, mesh).parameters * np.dtype(DTYPES[dtype]).itemsize
 
 
 def predict_memory(
@@ -155,8 +137,9 @@ def predict_memory(
     shape: BatchShape,
     *,
     backend: str | None = None,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> MemoryPrediction:
-    """What measuring one batch needs.
+    """What measuring one batch needs, on a mesh on each of its devices.
 
     Args:
         config: the model.
@@ -164,77 +147,97 @@ def predict_memory(
         settings: what is measured.
         shape: B, T and S.
         backend: "cpu", "gpu" or "tpu"; None for this process's.
+        mesh: the devices need not be there.
     """
     backend = backend or jax.default_backend()
-    B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
-    L, D, F = config.num_layers, config.width, config.mlp_width
-    queries, keys = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    B, T, S = mesh.rows(shape.num_examples), shape.num_tokens, shape.num_responses
+    L, D = config.num_layers, config.width
     size = np.dtype(DTYPES[dtype]).itemsize
     wide = np.dtype(at_least_float32(DTYPES[dtype])).itemsize
     # A CPU has no bfloat16 products: XLA computes in float32, on a float32 copy of all weights.
     emulated = backend == "cpu" and size < wide
     active = wide if emulated else size
-    # float32's, whatever the dtype: only the counts are read.
-    parameters = named_parameters(abstract_decoder(config, DTYPES["float32"])[1])
-    count = sum(leaf.size for leaf in parameters.values())
-    of_layers = sum(leaf.size for name, leaf in parameters.items() if name.startswith("layers."))
+    own = sizes_on(config, mesh)
 
-    floats = STREAM_ARRAYS * D + (GATED_ARRAYS if config.gated_mlp else PLAIN_ARRAYS) * F
-    floats += queries + 2 * keys
-    floats += POST_NORM_ARRAYS * D * (config.norm_placement == "both")
-    floats += QK_NORM_ARRAYS * (queries + keys) * (config.qk_norm != "none")
-    residuals = B * L * T * floats * active
-    scores = SCORE_ARRAYS * B * config.num_heads * T * T * wide
-    copy = (count if emulated else of_layers / L) * active
+    residuals = B * L * T * kept_numbers(config, mesh) * active
+    scores = SCORE_ARRAYS * B * own.heads * T * T * wide
+    copy = (own.parameters if emulated else own.layer_parameters) * active
 
-    sizes, names = projection_sizes(config), settings.selection.names
+    sizes, names = own.projections, settings.selection.names
     rows = {name: (T * L if PROJECTIONS[name].stacked else S) for name in names}
     inputs = {PROJECTIONS[name].input: rows[name] * sizes[name][1] for name in names}
     factors = B * (sum(inputs.values()) + sum(rows[n] * sizes[n][0] for n in names)) * active
     if settings.layerwise:
         # What each layer takes, and the rest of one layer.
         residuals = residuals // L + B * L * T * D * active
-        factors = _layerwise_factors(sizes, settings, shape) * active
+        factors = B * _layerwise_factors(sizes, settings, shape) * active
     head = LOGIT_ARRAYS * B * (S if "lm_head" in names else min(S, CHUNK))
-    head *= config.vocab_size * wide
+    head *= own.vocabulary * wide
     if settings.method == "dense":
         # The weights' own gradients of all layers exist beside the factors, for every example.
         stacked = {name: L if PROJECTIONS[name].stacked else 1 for name in names}
         factors += B * sum(stacked[n] * math.prod(sizes[n]) for n in names) * active
+    reduction = _reduction(config, settings, shape, backend, size, mesh) + copy * emulated
+    if mesh.model > 1:
+        reduction += _moved(config, settings, shape, mesh) * active
+        scores += SUM_ARRAYS * B * T * D * active
     return MemoryPrediction(
         shape=shape,
-        weights=count * size,
+        weights=own.parameters * size,
         factors=factors,
         residuals=residuals,
         layer=int(scores + copy),
         head=head,
-        reduction=int(_reduction(config, settings, shape, backend, size) + copy * emulated),
+        reduction=int(reduction),
+        mesh=mesh,
     )
 
 
 def _layerwise_factors(
     sizes: dict[str, tuple[int, int]], settings: MeasureSettings, shape: BatchShape
 ) -> int:
-    """Numbers in the factors of one layer; the head's are there for themselves."""
+    """Numbers in an example's factors of one layer; the head's are there for themselves."""
     names = settings.selection.names
-    B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
+    T, S = shape.num_tokens, shape.num_responses
     inputs = {PROJECTIONS[name].input: sizes[name][1] for name in names if name != "lm_head"}
-    layer = B * T * (sum(inputs.values()) + sum(sizes[n][0] for n in names if n != "lm_head"))
-    return max(layer, B * S * sum(sizes["lm_head"]) if "lm_head" in names else 0)
+    layer = T * (sum(inputs.values()) + sum(sizes[n][0] for n in names if n != "lm_head"))
+    return max(layer, S * sum(sizes["lm_head"]) if "lm_head" in names else 0)
+
+
+def _moved(
+    config: DecoderConfig, settings: MeasureSettings, shape: BatchShape, mesh: MeshShape
+) -> int:
+    """Numbers in the factors (or matrices) that a device of a mesh has of its own layers, whole."""
+    sizes, total = projection_sizes(config), 0
+    for names in groups_of(settings.selection):
+        rows = shape.num_tokens if PROJECTIONS[names[0]].stacked else shape.num_responses
+        layers = -(-len(settings.selection[names[0]]) // mesh.model)
+        layers += config.num_layers * settings.similarity
+        numbers = rows * (sizes[names[0]][1] + sum(sizes[name][0] for name in names))
+        if settings.method == "dense":
+            numbers += sum(math.prod(sizes[name]) for name in names)
+        total += layers * numbers
+    return mesh.rows(shape.num_examples) * total
 
 
 def _reduction(
-    config: DecoderConfig, settings: MeasureSettings, shape: BatchShape, backend: str, size: int
+    config: DecoderConfig,
+    settings: MeasureSettings,
+    shape: BatchShape,
+    backend: str,
+    size: int,
+    mesh: MeshShape,
 ) -> int:
     """Work of the reduction: a layer at a time on a CPU, all layers of a projection elsewhere."""
-    B, T = shape.num_examples, shape.num_tokens
+    B, T = mesh.rows(shape.num_examples), shape.num_tokens
     sizes, selection = projection_sizes(config), settings.selection
     wide = max(size, 4)
     most = 0
     for name in selection.names:
         num_out, num_in = sizes[name]
         rows = T if PROJECTIONS[name].stacked else shape.num_responses
-        at_once = 1 if backend == "cpu" or settings.layerwise else len(selection[name])
+        layers = -(-len(selection[name]) // mesh.model)
+        at_once = 1 if backend == "cpu" or settings.layerwise else layers
         short, matrix = min(num_out, num_in), num_out * num_in
         algorithm = choose_algorithm(
             rows, num_out, num_in, backend=backend, method=settings.method, is_float64=size == 8
@@ -294,9 +297,10 @@ def predict_disk(
 
 
 def memory_at_hand() -> int | None:
-    """Bytes for weights and work space: the device's limit, or what this machine has available.
+    """Bytes for weights and work space: a device's limit, or what this machine has available.
 
-    None where neither is told. On a CPU what this process holds already is not in it.
+    None where neither is told. On a CPU what this process holds already is not in it, and the devices of
+    a mesh share it.
     """
     if jax.default_backend() == "cpu":
         return _machine_memory()
@@ -346,6 +350,7 @@ def choose_batch_tokens(
     default: int,
     at_hand: int | None,
     fixed: bool = False,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> BatchChoice:
     """The default, halved until every batch fits in 90 % of the memory at hand, or is one example.
 
@@ -355,17 +360,18 @@ def choose_batch_tokens(
         settings: what is measured.
         sizes: padded (T, S) of the examples.
         default: tokens of a batch with memory enough.
-        at_hand: from `memory_at_hand`; None takes the default.
+        at_hand: of a device, from `memory_at_hand`; None takes the default.
         fixed: take the default, and only say what it needs.
+        mesh: where the batches run; an example for each device of "data" is the least.
     """
     sizes = set(sizes)
 
     def needed(batch_tokens: int) -> int:
         shapes = [BatchShape(max(1, batch_tokens // T), T, S) for T, S in sizes]
-        totals = (predict_memory(config, dtype, settings, shape).total for shape in shapes)
-        return max(totals, default=weight_bytes(config, dtype))
+        found = (predict_memory(config, dtype, settings, shape, mesh=mesh) for shape in shapes)
+        return max((one.total for one in found), default=weight_bytes(config, dtype, mesh))
 
-    tokens, smallest = default, min((T for T, _ in sizes), default=1)
+    tokens, smallest = default, min((T for T, _ in sizes), default=1) * mesh.data
     need = needed(tokens)
     while not fixed and at_hand is not None and need > USABLE * at_hand and tokens >= 2 * smallest:
         tokens //= 2
@@ -374,8 +380,12 @@ def choose_batch_tokens(
 
 
 def largest_shape(
-    config: DecoderConfig, dtype: str, settings: MeasureSettings, shapes: Iterable[BatchShape]
+    config: DecoderConfig,
+    dtype: str,
+    settings: MeasureSettings,
+    shapes: Iterable[BatchShape],
+    mesh: MeshShape = ONE_DEVICE,
 ) -> MemoryPrediction:
     """The prediction for the shape that needs most; of equal ones the largest."""
-    predictions = (predict_memory(config, dtype, settings, shape) for shape in shapes)
+    predictions = (predict_memory(config, dtype, settings, shape, mesh=mesh) for shape in shapes)
     return max(predictions, key=lambda prediction: (prediction.total, prediction.shape))

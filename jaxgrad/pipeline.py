@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jaxgrad.batches import (
@@ -30,6 +31,7 @@ from jaxgrad.planning import (
     date_for,
     fit_batches,
     recorded_date,
+    settle_mesh,
     tokenize_examples,
     with_recorded_choices,
 )
@@ -49,6 +51,14 @@ from jaxgrad.run_info import (
     session_info,
     sizes_on_disk,
     summary_lines,
+)
+from jaxgrad.sharding import (
+    ONE_DEVICE,
+    MeshShape,
+    make_mesh,
+    parse_mesh,
+    replicated_line,
+    shape_of,
 )
 from jaxgrad.stream import measured
 from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
@@ -116,7 +126,8 @@ def analyze(
     """
     options = dataclasses.replace(options, dtype=model.dtype)
     tokenized = tokenize_examples(model.tokenizer, model.config, examples, options)
-    options, _ = fit_batches(options, model.config, tokenized, loaded=model.weight_bytes)
+    mesh, loaded = shape_of(model.mesh), model.weight_bytes
+    options, _ = fit_batches(options, model.config, tokenized, loaded=loaded, mesh=mesh)
     programs = programs or programs_for(model, options)
     for window in plan_windows(tokenized, options):
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
@@ -130,7 +141,7 @@ def programs_for(model: LoadedModel, options: AnalyzeOptions) -> Programs:
     Raises:
         UserError: `options.parameters` selects none of the model's weights.
     """
-    return Programs(model.config, model.dtype, options.settings_for(model.config))
+    return Programs(model.config, model.dtype, options.settings_for(model.config), model.mesh)
 
 
 class Session:
@@ -141,9 +152,15 @@ class Session:
     """
 
     def __init__(
-        self, model_path: str | None, options: AnalyzeOptions, *, progress: bool = False
+        self,
+        model_path: str | None,
+        options: AnalyzeOptions,
+        *,
+        mesh: str = "auto",
+        progress: bool = False,
     ) -> None:
         self._model_path, self.options, self._progress = model_path, options, progress
+        self._asked_mesh, self._mesh_shape = parse_mesh(mesh), ONE_DEVICE
         self._programs: dict[MeasureSettings, Programs] = {}
 
     @functools.cached_property
@@ -152,16 +169,35 @@ class Session:
         return open_checkpoint(self._model_path)
 
     @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices that it runs on; None for one device."""
+        return make_mesh(self._mesh_shape)
+
+    @functools.cached_property
     def model(self) -> LoadedModel:
         """The model with its weights."""
-        return self.checkpoint.load(self.options.dtype, progress=self._progress)
+        mesh = self.mesh
+        return self.checkpoint.load(self.options.dtype, mesh=mesh, progress=self._progress)
+
+    def settle_mesh(
+        self, options: AnalyzeOptions, tokenized: Sequence[TokenizedExample]
+    ) -> MeshShape:
+        """The mesh of a job; "auto" is decided by the first one and stays, as the loaded weights do.
+
+        Raises:
+            UserError: the model does not divide by it.
+        """
+        if not {"mesh", "model"} & vars(self).keys():
+            config = self.checkpoint.config
+            self._mesh_shape = settle_mesh(self._asked_mesh, options, config, tokenized)
+        return self._mesh_shape
 
     def programs_for(self, options: AnalyzeOptions) -> Programs:
         """The programs of a job, kept for the next ones; a job's memory may have settled `layerwise`."""
         config = self.checkpoint.config
         settings = options.settings_for(config)
         if settings not in self._programs:
-            self._programs[settings] = Programs(config, options.dtype, settings)
+            self._programs[settings] = Programs(config, options.dtype, settings, self.mesh)
         return self._programs[settings]
 
     def run(self, job: Job, *, say: Callable[[str], None], progress: bool) -> RunSummary:
@@ -186,14 +222,15 @@ class Session:
         config = checkpoint.config
         tokenized = tokenize_examples(checkpoint.tokenizer, config, job.data.examples, options)
         loaded = self.model.weight_bytes if "model" in vars(self) else 0
-        options, choice = fit_batches(options, config, tokenized, loaded=loaded)
+        mesh = self.settle_mesh(options, tokenized)
+        options, choice = fit_batches(options, config, tokenized, loaded=loaded, mesh=mesh)
         windows = plan_windows(tokenized, options)
         shapes = count_shapes(batch for window in windows for batch in window.batches)
         programs = self.programs_for(options)
         before = programs.tally
         if shapes:
             settings = options.settings_for(config)
-            largest = largest_shape(config, options.dtype, settings, shapes)
+            largest = largest_shape(config, options.dtype, settings, shapes, mesh)
             on_disk = sizes_on_disk(tokenized)
             disk = predict_disk(
                 settings,
@@ -210,6 +247,9 @@ class Session:
             say(line)
             for line in memory_warnings(choice):
                 say(line)
+        told = replicated_line(config, mesh)
+        if told is not None:
+            say(told)
         chat = uses_chat(checkpoint.tokenizer, options.chat)
         say(
             f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
@@ -227,7 +267,7 @@ class Session:
             },
             "tokens_sha256": tokens_digest(tokenized),
         }
-        info = session_info(checkpoint, job.data)
+        info = session_info(checkpoint, job.data, mesh)
         with RunDirectory.open(job.output_dir, identity, info) as store:
             if not store.finished:
                 _run_windows(store, windows, programs, self.model, progress, say)
@@ -254,6 +294,7 @@ def run_analysis(
     limit: int | None = None,
     fields: Fields = Fields(),
     output_format: Literal["parquet", "jsonl"] = "parquet",
+    mesh: str = "auto",
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> list[RunSummary]:
@@ -270,6 +311,10 @@ def run_analysis(
         fields: the names of a record's fields.
         output_format: "jsonl" also writes the authors' JSONL (which needs the extremes, so measures
             them), next to the Parquet that makes the run resumable.
+        mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `planning.settle_mesh`).
+            A run may be continued on another one: its numbers are those up to rounding.
+        mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `planning.settle_mesh`).
+            A run may be continued on another one: its numbers are those up to rounding.
         say: takes the lines for the user.
         progress: show a bar on stderr.
 
@@ -278,6 +323,7 @@ def run_analysis(
     """
     if output_format == "jsonl":
         options = dataclasses.replace(options, extremes=True)
+    make_mesh(parse_mesh(mesh) or ONE_DEVICE)  # too few devices are found before the data are read
     places = run_places(data_paths, output_dir)
     dates = [recorded_date(directory) for directory in places.values()]
     options = dataclasses.replace(options, date=date_for(options, dates))
@@ -285,7 +331,7 @@ def run_analysis(
     for path, directory in places.items():
         data = read_examples(path, start=start, limit=limit, fields=fields)
         jobs.append(plan_job(data, directory, options, start=start, limit=limit))
-    session = Session(model_path, options, progress=progress)
+    session = Session(model_path, options, mesh=mesh, progress=progress)
     summaries = []
     for job in jobs:
         summaries.append(session.run(job, say=say, progress=progress))

@@ -27,6 +27,7 @@ from jaxgrad.planning import (
     with_recorded_choices,
 )
 from jaxgrad.run_info import memory_line, memory_warnings, model_line, resident_bytes, sizes_on_disk
+from jaxgrad.sharding import replicated_line
 from jaxgrad.tokens import TokenizedExample, uses_chat
 
 CALIBRATION_REPEATS = 2
@@ -66,6 +67,7 @@ def dry_run(
     limit: int | None = None,
     fields: Fields = Fields(),
     calibrate: bool = False,
+    mesh: str = "auto",
     say: Callable[[str], None] = print,
 ) -> list[Preflight]:
     """Plan runs as `run_analysis` would; read data, tokenizer and config, and print what is needed.
@@ -79,12 +81,13 @@ def dry_run(
         limit: how many examples of each file.
         fields: the names of a record's fields.
         calibrate: load the weights, measure the median batch and estimate the time.
+        mesh: as `run_analysis` takes it; without `calibrate` its devices need not be there.
         say: takes the lines for the user.
 
     Raises:
         UserError: any bad input, in one line.
     """
-    session, found = Session(model_path, options), []
+    session, found = Session(model_path, options, mesh=mesh), []
     places = {} if output_dir is None else run_places(data_paths, output_dir)
     for path in data_paths:
         data = read_examples(path, start=start, limit=limit, fields=fields)
@@ -96,12 +99,13 @@ def dry_run(
         checkpoint = session.checkpoint
         config = checkpoint.config
         tokenized = tokenize_examples(checkpoint.tokenizer, config, data.examples, own)
-        own, choice = fit_batches(own, config, tokenized)
+        shape = session.settle_mesh(own, tokenized)
+        own, choice = fit_batches(own, config, tokenized, mesh=shape)
         settings = own.settings_for(config)
         windows = plan_windows(tokenized, own)
         shapes = count_shapes(batch for window in windows for batch in window.batches)
         measured = [item for item in tokenized if item.measurable]
-        largest = largest_shape(config, own.dtype, settings, shapes) if shapes else None
+        largest = largest_shape(config, own.dtype, settings, shapes, shape) if shapes else None
         disk = predict_disk(
             settings,
             config,
@@ -114,6 +118,9 @@ def dry_run(
             say(memory_line(*needs, layerwise=settings.layerwise))
         for line in memory_warnings(choice):
             say(line)
+        told = replicated_line(config, shape)
+        if told is not None:
+            say(told)
         per_example = settings.selection.num_matrices
         chat = "chat template" if uses_chat(checkpoint.tokenizer, own.chat) else "plain text"
         say(
@@ -127,8 +134,8 @@ def dry_run(
             f"batch_tokens {choice.batch_tokens}; {sum(shapes.values())} batches of {len(shapes)} "
             f"shapes (at most {MAX_SHAPES}), examples x tokens x response positions:"
         )
-        for shape, count in shapes.items():
-            say(f"  {count} x ({shape.num_examples} x {shape.num_tokens} x {shape.num_responses})")
+        for batch, count in shapes.items():
+            say(f"  {count} x ({batch.num_examples} x {batch.num_tokens} x {batch.num_responses})")
         seconds = None
         if calibrate and shapes:
             seconds = _estimate_seconds(session, own, windows, len(shapes), say)

@@ -8,6 +8,7 @@ batches of its shape.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import scipy.linalg  # noqa: F401 - jaxlib loads it at its first LAPACK call, too late to be limited
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from threadpoolctl import ThreadpoolController
 
 from jaxgrad.batches import BatchArrays, BatchShape
@@ -25,24 +27,27 @@ from jaxgrad.dtypes import DTYPES
 from jaxgrad.errors import UserError
 from jaxgrad.gradients import ExampleArrays, Selection, to_example_arrays
 from jaxgrad.measure import MeasureSettings, measure_batch
+from jaxgrad.measure_sharded import measure_batch_on
 from jaxgrad.memory import batches_in_flight
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
+from jaxgrad.sharding import DATA, ONE_DEVICE, MeshShape, parameter_shardings, shape_of
 from jaxgrad.spectra import Statistics
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What one program needs on its device, in bytes, from XLA's own account."""
+    """What one program needs on its device (on a mesh: on each), in bytes, from XLA's own account."""
 
     weights: int
     work_space: int
     shape: BatchShape
+    mesh: MeshShape = ONE_DEVICE
 
     @property
     def total(self) -> int:
         """Weights, and the work space of the batches that are in flight at once."""
-        return self.weights + batches_in_flight() * self.work_space
+        return self.weights + batches_in_flight(self.mesh) * self.work_space
 
 
 class CompileTally(NamedTuple):
@@ -82,16 +87,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Programs:
-    """`measure_batch` compiled for each batch shape of a run.
+    """`measure_batch` compiled for each batch shape of a run, for one device or for a mesh.
 
     float64 is switched on around every trace and call: singular values are reduced to statistics in
     float64 whatever the model's dtype, and the switch must not leak into the caller's own JAX code.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: str, settings: MeasureSettings) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: str,
+        settings: MeasureSettings,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self._settings, self._mesh = settings, mesh
         with jax.enable_x64(True):
             self._graphdef, self._state = abstract_decoder(config, DTYPES[dtype])
+            if mesh is not None:
+                self._state = _placed(self._state, config, mesh)
         self._compiled: dict[BatchShape, Callable[..., Any]] = {}
         self._compile_lock = threading.Lock()
         self._compile_seconds = 0.0
@@ -102,6 +115,11 @@ class Programs:
     def selection(self) -> Selection:
         """Which weights the programs measure."""
         return self._settings.selection
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """Of the mesh that they run on."""
+        return shape_of(self._mesh)
 
     @property
     def tally(self) -> CompileTally:
@@ -128,20 +146,32 @@ class Programs:
 
     def _compile(self, shape: BatchShape) -> None:
         started = time.perf_counter()
-        B, T, S = shape.num_examples, shape.num_tokens, shape.num_responses
+        T, S = shape.num_tokens, shape.num_responses
+        B, where = self._padded(shape), self._batch_sharding
         shapes: list[Any] = [  # in the order of ExampleArrays
-            jax.ShapeDtypeStruct((B, T), np.int32),
-            jax.ShapeDtypeStruct((B, S), np.int32),
-            jax.ShapeDtypeStruct((B, S), np.int32),
-            jax.ShapeDtypeStruct((B, S), np.float64),
+            jax.ShapeDtypeStruct((B, T), np.int32, sharding=where),
+            jax.ShapeDtypeStruct((B, S), np.int32, sharding=where),
+            jax.ShapeDtypeStruct((B, S), np.int32, sharding=where),
+            jax.ShapeDtypeStruct((B, S), np.float64, sharding=where),
         ]
-        batch = ExampleArrays(*shapes)
+        asked = (self._graphdef, self._state, ExampleArrays(*shapes), self._settings)
         with jax.enable_x64(True):
-            lowered = measure_batch.lower(self._graphdef, self._state, batch, self._settings)
+            if self._mesh is None:
+                lowered = measure_batch.lower(*asked)
+            else:
+                lowered = measure_batch_on.lower(*asked, self._mesh)
             program = lowered.compile()
         self._compile_seconds += time.perf_counter() - started
         self._num_compiled += 1
         self._compiled[shape] = program
+
+    @property
+    def _batch_sharding(self) -> NamedSharding | None:
+        return None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(DATA))
+
+    def _padded(self, shape: BatchShape) -> int:
+        """Rows of the program: every device of "data" has as many."""
+        return self.mesh_shape.rows(shape.num_examples) * self.mesh_shape.data
 
     def memory(self, shape: BatchShape) -> MemoryPlan:
         """What the program for `shape` needs; compiles it, or the largest part of it that compiles.
@@ -160,10 +190,10 @@ class Programs:
                 if not is_out_of_memory(error):
                     raise
             self._halve(shape)
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state))
-        if stats is None:  # a backend without the account
-            return MemoryPlan(weights, 0, shape)
-        return MemoryPlan(weights, stats.temp_size_in_bytes + stats.output_size_in_bytes, shape)
+        weights = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._state))
+        # A backend without the account has no work space to tell.
+        work = stats.temp_size_in_bytes + stats.output_size_in_bytes if stats is not None else 0
+        return MemoryPlan(weights, work, shape, self.mesh_shape)
 
     def measure(
         self, state: nnx.State, shape: BatchShape, arrays: BatchArrays
@@ -194,22 +224,57 @@ class Programs:
         self, state: nnx.State, shape: BatchShape, arrays: BatchArrays
     ) -> tuple[np.ndarray, dict[str, Statistics]]:
         program = self.compiled(shape)
+        if self._mesh is not None:
+            (arrays,) = _parts(arrays, self._padded(shape))
         with jax.enable_x64(True), _single_threaded_blas():
             batch = to_example_arrays(
                 arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
             )
-            return jax.device_get(program(state, batch))
+            if self._mesh is None:
+                return jax.device_get(program(state, batch))
+            batch = jax.device_put(batch, self._batch_sharding)
+            loss_B, statistics = jax.device_get(program(state, batch))
+        return self._cut(loss_B, statistics, shape.num_examples)
+
+    def _cut(
+        self, loss_B: np.ndarray, statistics: dict[str, Statistics], num_examples: int
+    ) -> tuple[np.ndarray, dict[str, Statistics]]:
+        """Without the rows and layers of zeros that filled the mesh."""
+        rows = slice(num_examples)
+        return loss_B[rows], {
+            name: jax.tree.map(
+                lambda array_BL, count=len(self.selection[name]): array_BL[rows, :count], values
+            )
+            for name, values in statistics.items()
+        }
 
     def _halve(self, shape: BatchShape) -> None:
-        if shape.num_examples == 1:
+        rows = self.mesh_shape.rows(shape.num_examples)  # of one device: fewer of them need less
+        if rows == 1:
             raise UserError(
                 f"the memory of {jax.local_devices()[0].device_kind} is too small for one example of "
                 f"{shape.num_tokens} tokens; give a smaller --max_length, --dtype=bfloat16, fewer "
                 "--parameters, or no --similarity"
             )
         self._compiled.pop(shape, None)  # its code takes memory, too
-        half = (shape.num_examples + 1) // 2
+        half = (rows + 1) // 2 * self.mesh_shape.data
         self._halves[shape] = BatchShape(half, shape.num_tokens, shape.num_responses)
+
+
+def _placed(state: nnx.State, config: DecoderConfig, mesh: Mesh) -> nnx.State:
+    """The shapes of a decoder's weights, with where they lie."""
+    shapes = named_parameters(state)
+    places = parameter_shardings(config, shapes, mesh)
+    placed: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=places[name])
+        for name, value in shapes.items()
+    }
+    return with_parameters(state, placed)
+
+
+def _bytes_on_a_device(leaf: Any) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _parts(arrays: BatchArrays, num_rows: int) -> list[BatchArrays]:

@@ -8,7 +8,12 @@ import jax
 
 from jaxgrad.gradients import Factors, Selection
 from jaxgrad.models.decoder import PROJECTIONS
-from jaxgrad.spectra import Statistics, choose_algorithm, shared_input_statistics
+from jaxgrad.spectra import (
+    Statistics,
+    choose_algorithm,
+    matrix_statistics,
+    shared_input_statistics,
+)
 
 Method = Literal["auto", "factored", "dense"]
 
@@ -45,12 +50,15 @@ class MeasureSettings:
 def reduce_factors(factors: dict[str, Factors], settings: MeasureSettings) -> dict[str, Statistics]:
     """Statistics of the selected layers [L, ...] of every selected projection."""
     statistics: dict[str, Statistics] = {}
-    for group in _groups(settings.selection):
-        statistics |= _reduce_group(factors, group, settings)
+    for names in groups_of(settings.selection):
+        layers = settings.selection[names[0]]
+        input_LTI = take_layers(factors[names[0]].input_LTI, layers)
+        grads = {name: take_layers(factors[name].output_grad_LTO, layers) for name in names}
+        statistics |= reduce_group(input_LTI, grads, settings)
     return statistics
 
 
-def _groups(selection: Selection) -> list[tuple[str, ...]]:
+def groups_of(selection: Selection) -> list[tuple[str, ...]]:
     """Projections that share an input and the layers that are wanted of it."""
     groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = {}
     for name, layers in selection.layers:
@@ -58,12 +66,10 @@ def _groups(selection: Selection) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def _reduce_group(
-    factors: dict[str, Factors], names: tuple[str, ...], settings: MeasureSettings
+def reduce_group(
+    input_LTI: jax.Array, grads: dict[str, jax.Array], settings: MeasureSettings
 ) -> dict[str, Statistics]:
-    layers = settings.selection[names[0]]
-    input_LTI = take_layers(factors[names[0]].input_LTI, layers)
-    grads = {name: take_layers(factors[name].output_grad_LTO, layers) for name in names}
+    """Statistics of all layers given [L, ...] of projections D [L, T, O] that share the input X."""
     num_tokens, num_in = input_LTI.shape[1:]
     algorithms = {
         name: choose_algorithm(
@@ -81,6 +87,16 @@ def _reduce_group(
             operands[0], operands[1], algorithms, extremes=settings.extremes
         ),
         (input_LTI, grads),
+    )
+
+
+def reduce_matrices(
+    matrix_LOI: jax.Array, factors: Factors, settings: MeasureSettings
+) -> Statistics:
+    """The same of one projection's gradients themselves, by the definition (method `dense`)."""
+    return over_layers(
+        lambda operands: matrix_statistics(*operands, extremes=settings.extremes),
+        (matrix_LOI, *factors),
     )
 
 

@@ -19,13 +19,14 @@ from jaxgrad.models import Checkpoint
 from jaxgrad.models.decoder import num_parameters
 from jaxgrad.program import CompileTally, MemoryPlan
 from jaxgrad.results import iter_results
+from jaxgrad.sharding import ONE_DEVICE, MeshShape
 from jaxgrad.tokens import TokenizedExample
 
 MOST_REASONS = 20  # that a run's end lists
 
 
-def session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
-    """Where a session's numbers come from: versions, commit, device, command, files."""
+def session_info(checkpoint: Checkpoint, data: DataSet, mesh: MeshShape) -> dict[str, Any]:
+    """Where a session's numbers come from: versions, commit, devices, command, files."""
     device = jax.devices()[0]
     return provenance() | {
         "model": checkpoint.name,
@@ -35,6 +36,7 @@ def session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
             "backend": jax.default_backend(),
             "kind": device.device_kind,
             "count": jax.device_count(),
+            "mesh": str(mesh),
             "machine": platform.machine(),
         },
     }
@@ -87,19 +89,24 @@ def memory_line(
         program: `resident_bytes` before the weights are there.
         layerwise: whether the factors are one layer's at a time.
     """
-    shape = plan.shape
+    shape, mesh = plan.shape, plan.mesh
     # A batch that had to be halved to compile has less of the factors.
-    factors = prediction.factors * shape.num_examples // prediction.shape.num_examples
+    factors = prediction.factors * mesh.rows(shape.num_examples)
+    factors //= mesh.rows(prediction.shape.num_examples)
     text = (
-        f"memory: {_size(plan.weights)} weights + "
-        f"{'2 x ' if batches_in_flight() == 2 else ''}{_size(plan.work_space)} work space "
+        f"memory{'' if mesh == ONE_DEVICE else f' per device of mesh {mesh}'}: "
+        f"{_size(plan.weights)} weights + "
+        f"{'2 x ' if batches_in_flight(mesh) == 2 else ''}{_size(plan.work_space)} work space "
         f"({_size(factors)} of it factors; largest batch: {shape.num_examples} x "
         f"{shape.num_tokens} tokens)"
     )
     if jax.default_backend() != "cpu":
         text += f" = {_size(plan.total)} on the device"
-    else:
+    elif mesh == ONE_DEVICE:
         text += f" + {_size(program)} program = {_size(plan.total + program)} planned"
+    else:
+        text += f" = {_size(plan.total)}; {mesh.num_devices} of them + {_size(program)} program = "
+        text += f"{_size(mesh.num_devices * plan.total + program)} planned"
     if layerwise:
         text += "; layers are reduced one by one in the backward pass"
     text += f"; disk: {_size(disk.parquet)} + {_size(disk.journal)} journal"

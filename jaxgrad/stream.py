@@ -38,7 +38,7 @@ def measured(
         members = [tokenized[member] for member in batch.members]
         return example_results(members, loss_B, statistics, programs.selection, model.config)
 
-    in_flight = batches_in_flight()
+    in_flight = batches_in_flight(programs.mesh_shape)
     pool = ThreadPoolExecutor(max_workers=in_flight, thread_name_prefix="measure")
     pending: deque[Future[list[ExampleResult]]] = deque()
     try:

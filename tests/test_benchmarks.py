@@ -16,7 +16,7 @@ from jaxgrad.spectra import Algorithm
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
-NAMES = ("end_to_end", "overhead", "spectra", "plot_end_to_end")
+NAMES = ("end_to_end", "overhead", "spectra", "plot_end_to_end", "sharded_memory")
 
 
 def start(name, *flags):
@@ -128,6 +128,7 @@ def test_bad_flags_are_refused_in_one_line():
         "no-such-model": start("overhead", "--shapes=no-such-model"),
         "--tokens=x": start("spectra", "--tokens=x"),
         "--repeats=0": start("spectra", "--repeats=0"),
+        "--meshes": start("sharded_memory", "--meshes=1x1,auto"),
         "--lines": start("plot_end_to_end", f"--figure={ROOT / 'x.svg'}"),
     }
     for expected, process in processes.items():
@@ -160,5 +161,6 @@ def test_the_shapes_are_the_published_ones(monkeypatch):
         "Qwen2.5-0.5B": 494_032_768,
         "Qwen2-1.5B": published["Qwen2-1.5B"]["parameters"],
         "Llama-3.1-8B": published["Llama-3.1-8B"]["parameters"],
+        "Llama-3.1-70B": 70_553_706_496,  # as the hub counts them
         "gemma-2-9b": published["gemma-2-9b"]["parameters"],
     }

@@ -210,7 +210,7 @@ def test_interrupted_at_any_batch_and_continued(
     """Same bytes as undisturbed, and no batch but the one in flight is computed twice."""
     monkeypatch.setattr(pipeline, "WINDOW", window)
     # Of two in flight the second would be computed twice, and which one it is would be chance.
-    monkeypatch.setattr(stream, "batches_in_flight", lambda: 1)
+    monkeypatch.setattr(stream, "batches_in_flight", lambda _: 1)
     calm = tmp_path / "calm"
     run(model_dir, data_path, calm)
     original, calls = Programs.measure, []

@@ -118,7 +118,7 @@ def measured(monkeypatch):
         return original(self, *arguments)
 
     monkeypatch.setattr(Programs, "measure", measure)
-    monkeypatch.setattr(stream, "batches_in_flight", lambda: 1)  # so that the order is certain
+    monkeypatch.setattr(stream, "batches_in_flight", lambda _: 1)  # so that the order is certain
     return counted
 
 

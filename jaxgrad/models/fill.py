@@ -2,7 +2,7 @@
 
 The parameters are made on the device, empty; each tensor is read, cut into the parameters that it
 holds, and written into its layer's place. Beside the parameters the host holds one tensor of a layer,
-or one block of a larger one.
+or one block of a larger one. On a mesh each device is sent what it holds of a block, and nothing else.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from jaxgrad.errors import UserError
@@ -22,6 +23,7 @@ from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxgrad.models.families import Family, Key, expand_layers
 from jaxgrad.models.sources import Fingerprint, WeightSource, row_blocks
+from jaxgrad.sharding import parameter_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +228,7 @@ def fill_decoder(
     source: WeightSource,
     dtype: Any,
     *,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[nnx.GraphDef, nnx.State, str]:
     """Read every weight of the decoder from `source`, tensor by tensor, each once.
@@ -235,6 +238,7 @@ def fill_decoder(
         family: whose names the source's weights have.
         source: where they are.
         dtype: of the parameters; None for that of the files (`stored_dtypes`).
+        mesh: where the parameters go, split as `jaxgrad.sharding` has it; None for one device.
         progress: show a bar on stderr.
 
     Returns:
@@ -248,15 +252,18 @@ def fill_decoder(
     check_weights(config, family, source)
     stored = stored_dtypes(config, family, source) if dtype is None else {}
     graphdef, abstract = abstract_decoder(config, dtype or np.float32)
-    arrays = {
-        name: jnp.zeros(value.shape, stored.get(name, dtype))
-        for name, value in named_parameters(abstract).items()
+    shapes = named_parameters(abstract)
+    places = {} if mesh is None else parameter_shardings(config, shapes, mesh)
+    parameters = {
+        name: _Parameter(value.shape, stored.get(name, dtype), places.get(name))
+        for name, value in shapes.items()
     }
     fingerprint = Fingerprint()
     for block in read_parts(config, family, source, progress=progress, label="weights"):
         fingerprint.add(block.name, block.shape, block.values)
         for part in block.parts:
-            arrays[part.parameter] = _write(arrays[part.parameter], part)
+            parameters[part.parameter].write(part)
+    arrays = {name: parameter.array() for name, parameter in parameters.items()}
     if config.tied_embeddings:
         _check_tied_head(family, source, arrays["embedding"])
     return graphdef, with_parameters(abstract, arrays), fingerprint.hexdigest()
@@ -308,17 +315,64 @@ def _check_tied_head(family: Family, source: WeightSource, embedding_VD: jax.Arr
             )
 
 
-# Donated: the parameter is changed in its place, not copied.
+# Donated: the piece is changed in its place, not copied.
 _update = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
-def _write(parameter: jax.Array, part: Part) -> jax.Array:
-    """The parameter with a part in its place, in blocks."""
-    layer = () if part.layer is None else (part.layer,)
-    for begin, end in row_blocks(part.values.shape, parameter.dtype.itemsize):
-        block = part.values[begin:end].astype(parameter.dtype)
-        block = block.reshape(*[1] * len(layer), *block.shape)
-        start = (*layer, part.row + begin, *[0] * (part.values.ndim - 1))
-        # Waiting keeps the queue, and with it the memory, at one block.
-        parameter = _update(parameter, block, np.asarray(start, np.int32)).block_until_ready()
-    return parameter
+class _Parameter:
+    """A parameter that is being written: a piece on each of its devices, zeros at first.
+
+    Args:
+        shape: of the whole.
+        dtype: of its values.
+        sharding: where its pieces lie; None for all of it on the default device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> None:
+        self._shape, self._sharding = shape, sharding
+        if sharding is None:
+            whole = jnp.zeros(shape, dtype)
+            self._pieces = [(tuple((0, size) for size in shape), whole)]
+            return
+        self._pieces = []
+        for device, index in sharding.devices_indices_map(shape).items():
+            bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True))
+            sizes = tuple(end - begin for begin, end in bounds)
+            with jax.default_device(device):  # made there: not on the first device and then moved
+                piece = jax.device_put(jnp.zeros(sizes, dtype), device)
+            self._pieces.append((bounds, piece))
+
+    def write(self, part: Part) -> None:
+        """Put a part into its place, in blocks."""
+        layer = () if part.layer is None else (part.layer,)
+        dtype = self._pieces[0][1].dtype
+        for begin, end in row_blocks(part.values.shape, dtype.itemsize):
+            block = part.values[begin:end].astype(dtype)
+            block = block.reshape(*[1] * len(layer), *block.shape)
+            start = (*layer, part.row + begin, *[0] * (part.values.ndim - 1))
+            self._pieces = [
+                (bounds, _written(piece, bounds, block, start)) for bounds, piece in self._pieces
+            ]
+            # Waiting keeps the queue, and with it the memory, at one block.
+            jax.block_until_ready([piece for _, piece in self._pieces])
+
+    def array(self) -> jax.Array:
+        """The pieces as one array."""
+        pieces = [piece for _, piece in self._pieces]
+        if self._sharding is None:
+            return pieces[0]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, pieces)
+
+
+def _written(
+    piece: jax.Array, bounds: tuple[tuple[int, int], ...], block: np.ndarray, start: tuple[int, ...]
+) -> jax.Array:
+    """A piece, which stands at `bounds` of its parameter, with what it has of a block at `start`."""
+    cuts, place = [], []
+    for (low, high), offset, size in zip(bounds, start, block.shape, strict=True):
+        begin, end = max(low, offset), min(high, offset + size)
+        if begin >= end:
+            return piece
+        cuts.append(slice(begin - offset, end - offset))
+        place.append(begin - low)
+    return _update(piece, block[tuple(cuts)], np.asarray(place, np.int32))

@@ -1,4 +1,4 @@
-"""A model from wherever it lies: read its config, open its weights, load them onto the device."""
+"""A model from wherever it lies: read its config, open its weights, load them onto its devices."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from jaxgrad.dtypes import DTYPES
@@ -19,16 +20,18 @@ from jaxgrad.models.places import resolve_model
 from jaxgrad.models.saved import SavedDecoder
 from jaxgrad.models.sources import SafetensorsDirectory, WeightSource, read_model_config
 from jaxgrad.models.tokenizer import tokenizer_from_directory
+from jaxgrad.sharding import check_mesh, make_mesh, parse_mesh
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A decoder with its weights on the device, and its tokenizer.
+    """A decoder with its weights on the device, or on a mesh of devices, and its tokenizer.
 
     Attributes:
         name: what the user asked for, or the embedded default's name.
         fingerprint: sha256 over the checkpoint's weights, as they stand in the files.
-        weight_bytes: size of the weights on the device.
+        mesh: where the weights lie, split as `jaxgrad.sharding` has it; None for one device.
+        weight_bytes: size of the weights on a device.
     """
 
     name: str
@@ -38,11 +41,13 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerFast
     fingerprint: str
     dtype: str
+    mesh: Mesh | None = None
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state))
+        """Bytes of the weights on the device, on a mesh on each of its devices."""
+        leaves = jax.tree.leaves(self.state)
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +70,18 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerFast
     files: dict[str, tuple[int, int]]
 
-    def load(self, dtype: str | None = "float32", *, progress: bool = False) -> LoadedModel:
-        """Read the weights onto the device.
+    def load(
+        self,
+        dtype: str | None = "float32",
+        *,
+        mesh: Mesh | None = None,
+        progress: bool = False,
+    ) -> LoadedModel:
+        """Read the weights onto the device, or each device's part of them onto the devices of a mesh.
 
         Args:
             dtype: as `load_model` takes it; None for that of the files, parameter by parameter.
+            mesh: from `jaxgrad.sharding.make_mesh`; None for one device.
             progress: show a bar on stderr.
 
         Raises:
@@ -80,14 +92,21 @@ class Checkpoint:
         kind = None if dtype is None else DTYPES[dtype]
         with jax.enable_x64(dtype in (None, "float64")):
             if isinstance(self.source, SavedDecoder):
-                graphdef, state = self.source.restore(self.config, kind)
+                graphdef, state = self.source.restore(self.config, kind, mesh)
                 fingerprint = self.source.fingerprint
             else:
                 graphdef, state, fingerprint = fill_decoder(
-                    self.config, self.family, self.source, kind, progress=progress
+                    self.config, self.family, self.source, kind, mesh=mesh, progress=progress
                 )
         return LoadedModel(
-            self.name, self.config, graphdef, state, self.tokenizer, fingerprint, dtype or "stored"
+            self.name,
+            self.config,
+            graphdef,
+            state,
+            self.tokenizer,
+            fingerprint,
+            dtype or "stored",
+            mesh,
         )
 
 
@@ -129,15 +148,24 @@ def open_checkpoint(model_path: str | None = None) -> Checkpoint:
     return Checkpoint(place.name, path, raw, config, family, source, tokenizer, sizes)
 
 
-def load_model(model_path: str | None = None, *, dtype: str = "float32") -> LoadedModel:
+def load_model(
+    model_path: str | None = None, *, dtype: str = "float32", mesh: str = "1x1"
+) -> LoadedModel:
     """Load a checkpoint into the Flax decoder.
 
     Args:
         model_path: as `open_checkpoint` takes it.
         dtype: "float32", "bfloat16" or "float64", for weights and arithmetic; norms, softmax, rope
             and loss are at least float32.
+        mesh: "DxM", the devices of this process that examples and weights are split over.
 
     Raises:
-        UserError: whatever is wrong with the model, in one line.
+        UserError: whatever is wrong with the model or the mesh, in one line.
     """
-    return open_checkpoint(model_path).load(dtype)
+    shape = parse_mesh(mesh)
+    if shape is None:
+        raise UserError("mesh='auto' is decided by what is measured: give DxM, such as '4x2'")
+    devices = make_mesh(shape)
+    checkpoint = open_checkpoint(model_path)
+    check_mesh(checkpoint.config, shape)
+    return checkpoint.load(dtype, mesh=devices)

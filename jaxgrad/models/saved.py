@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
@@ -25,6 +26,7 @@ from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_para
 from jaxgrad.models.families import Family, read_config
 from jaxgrad.models.fill import parameter_shapes
 from jaxgrad.models.sources import FLOATS, read_json_object
+from jaxgrad.sharding import parameter_shardings
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "jaxgrad_checkpoint.json", "weights", "tokenizer"
@@ -97,24 +99,32 @@ class SavedDecoder:
     def _parameters(self) -> dict[str, Any]:
         return self._description["parameters"]
 
-    def restore(self, config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
-        """The decoder, its arrays read by Orbax straight onto the device.
+    def restore(
+        self, config: DecoderConfig, dtype: Any, mesh: Mesh | None = None
+    ) -> tuple[nnx.GraphDef, nnx.State]:
+        """The decoder, its arrays read by Orbax straight onto the device, or to their pieces of a mesh.
 
         Args:
             config: from `read_config`.
             dtype: of the arrays; None for the one they are stored in.
+            mesh: where they go, split as `jaxgrad.sharding` has it; None for one device.
 
         Raises:
             UserError: Orbax cannot read them.
         """
         graphdef, abstract = abstract_decoder(config, dtype or np.float32)
-        return graphdef, with_parameters(abstract, self._restore_arrays(dtype))
+        return graphdef, with_parameters(abstract, self._restore_arrays(config, dtype, mesh))
 
-    def _restore_arrays(self, dtype: Any) -> dict[str, jax.Array]:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    def _restore_arrays(
+        self, config: DecoderConfig, dtype: Any, mesh: Mesh | None
+    ) -> dict[str, jax.Array]:
+        alone = SingleDeviceSharding(jax.local_devices()[0])
+        places: Mapping[str, Sharding] = {}
+        if mesh is not None:
+            places = parameter_shardings(config, self._parameters, mesh)
         wanted = {
             name: ocp.ArrayRestoreArgs(
-                sharding=sharding,
+                sharding=places.get(name, alone),
                 global_shape=tuple(entry["shape"]),
                 dtype=np.dtype(dtype or entry["dtype"]),
             )

@@ -6,7 +6,7 @@ which way to take them) -> `statistics` (numbers from singular values, and the e
 """
 
 from jaxgrad.spectra.algorithms import Algorithm, choose_algorithm
-from jaxgrad.spectra.similarity import matrix_similarities, similarities
+from jaxgrad.spectra.similarity import Similarities, matrix_similarities, similarities
 from jaxgrad.spectra.statistics import (
     Statistics,
     matrix_statistics,
@@ -15,6 +15,7 @@ from jaxgrad.spectra.statistics import (
 
 __all__ = [
     "Algorithm",
+    "Similarities",
     "Statistics",
     "choose_algorithm",
     "matrix_similarities",

@@ -1,0 +1,208 @@
+"""A mesh of this process's devices: examples over its axis "data", weights over its axis "model".
+
+`RULES` is the one table that says which axis of which parameter is split. What does not divide by the
+devices of "model" is held whole by each of them. All rules are by name and shape: nothing here holds an
+array.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxgrad.errors import UserError
+
+if TYPE_CHECKING:  # `models` imports this module
+    from jaxgrad.models.config import DecoderConfig
+
+DATA, MODEL = "data", "model"
+
+# What a parameter's axis counts, as far as it may be split.
+Part = Literal["heads", "kv_heads", "mlp", "vocabulary"]
+
+# Parameter -> what each of its axes is split by. Outputs of q, k, v, gate and up, inputs of o and down,
+# so that a layer needs one sum over the devices behind its attention and one behind its MLP.
+RULES: dict[str, tuple[Part | None, ...]] = {
+    "embedding": ("vocabulary", None),
+    "position_embedding": (None, None),
+    "layers.attention.q.weight": (None, "heads", None),
+    "layers.attention.q.bias": (None, "heads"),
+    "layers.attention.k.weight": (None, "kv_heads", None),
+    "layers.attention.k.bias": (None, "kv_heads"),
+    "layers.attention.v.weight": (None, "kv_heads", None),
+    "layers.attention.v.bias": (None, "kv_heads"),
+    "layers.attention.o.weight": (None, None, "heads"),
+    "layers.attention.o.bias": (None, None),
+    # Over all heads together; the norm of each head by itself (`BY_HEAD`) is whole everywhere.
+    "layers.attention.q_norm.weight": (None, "heads"),
+    "layers.attention.q_norm.bias": (None, "heads"),
+    "layers.attention.k_norm.weight": (None, "kv_heads"),
+    "layers.attention.k_norm.bias": (None, "kv_heads"),
+    "layers.mlp.gate.weight": (None, "mlp", None),
+    "layers.mlp.gate.bias": (None, "mlp"),
+    "layers.mlp.up.weight": (None, "mlp", None),
+    "layers.mlp.up.bias": (None, "mlp"),
+    "layers.mlp.down.weight": (None, None, "mlp"),
+    "layers.mlp.down.bias": (None, None),
+    **{
+        f"layers.{place}_norm.{name}": (None, None)
+        for place in ("attention", "attention_post", "mlp", "mlp_post")
+        for name in ("weight", "bias")
+    },
+    "final_norm.weight": (None,),
+    "final_norm.bias": (None,),
+    "lm_head.weight": ("vocabulary", None),
+}
+BY_HEAD = re.compile(r"layers\.attention\.[qk]_norm\.")
+
+
+class MeshShape(NamedTuple):
+    """Devices along "data" and along "model"."""
+
+    data: int = 1
+    model: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """All of them."""
+        return self.data * self.model
+
+    def __str__(self) -> str:
+        return f"{self.data}x{self.model}"
+
+    def rows(self, num_examples: int) -> int:
+        """Examples that one device has of a batch; the last devices may have padding among them."""
+        return -(-num_examples // self.data)
+
+
+ONE_DEVICE = MeshShape()
+
+
+def parse_mesh(text: str) -> MeshShape | None:
+    """The shape that --mesh asks for; None for "auto".
+
+    Raises:
+        UserError: neither "auto" nor DxM with positive numbers.
+    """
+    if text == "auto":
+        return None
+    found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    shape = MeshShape(*map(int, found.groups())) if found else None
+    if shape is None or not shape.num_devices:
+        raise UserError(
+            f"--mesh={text} is no mesh; give auto, or DxM with the devices that examples and weights are "
+            "split over, such as 4x2"
+        )
+    return shape
+
+
+def make_mesh(shape: MeshShape) -> Mesh | None:
+    """The first D x M of this process's devices as a mesh; None for 1x1, which needs none.
+
+    Raises:
+        UserError: there are fewer devices.
+    """
+    devices = jax.local_devices()
+    if shape.num_devices > len(devices):
+        raise UserError(
+            f"--mesh={shape} takes {shape.num_devices} devices, but this process has {len(devices)} "
+            f"({devices[0].platform}); give a smaller mesh, or auto"
+        )
+    if shape == ONE_DEVICE:
+        return None
+    # Auto: the compiler splits the passes, from the shardings of parameters and batch.
+    return jax.make_mesh(
+        shape,
+        (DATA, MODEL),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices[: shape.num_devices],
+    )
+
+
+def shape_of(mesh: Mesh | None) -> MeshShape:
+    """A mesh's shape; 1x1 for None."""
+    return ONE_DEVICE if mesh is None else MeshShape(mesh.shape[DATA], mesh.shape[MODEL])
+
+
+def divided(config: "DecoderConfig", num_model: int) -> dict[Part, bool]:
+    """Whether each part of a decoder divides by the devices of "model"."""
+    counts: dict[Part, int] = {
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "mlp": config.mlp_width,
+        "vocabulary": config.vocab_size,
+    }
+    return {part: count % num_model == 0 for part, count in counts.items()}
+
+
+def check_mesh(config: "DecoderConfig", shape: MeshShape) -> None:
+    """Raise a `UserError` where no weight of the model divides by the devices of "model"."""
+    if not any(divided(config, shape.model).values()):
+        raise UserError(
+            f"--mesh={shape}: neither the {config.num_heads} attention heads nor the MLP's width "
+            f"{config.mlp_width} nor the vocabulary of {config.vocab_size} divides by {shape.model}; "
+            "give another number of devices for the weights"
+        )
+
+
+def replicated_line(config: "DecoderConfig", shape: MeshShape) -> str | None:
+    """What every device of "model" holds whole because it does not divide; None where all divides."""
+    words: dict[Part, str] = {
+        "heads": f"{config.num_heads} attention heads",
+        "kv_heads": f"{config.num_kv_heads} kv heads",
+        "mlp": f"the MLP's width {config.mlp_width}",
+        "vocabulary": f"the vocabulary of {config.vocab_size}",
+    }
+    whole = [words[part] for part, divides in divided(config, shape.model).items() if not divides]
+    if not whole:
+        return None
+    return (
+        f"mesh {shape}: not divisible by {shape.model} and whole on each device: {', '.join(whole)}"
+    )
+
+
+def parameter_specs(
+    config: "DecoderConfig", names: Mapping[str, object], num_model: int
+) -> dict[str, PartitionSpec]:
+    """How each parameter is split.
+
+    Args:
+        config: the decoder.
+        names: its parameters, by the names of `named_parameters`.
+        num_model: devices along "model".
+
+    Raises:
+        KeyError: a parameter that the table does not know.
+    """
+    splits = divided(config, num_model)
+
+    def spec(name: str) -> PartitionSpec:
+        parts = RULES[name]
+        if num_model == 1 or (config.qk_norm == "head" and BY_HEAD.match(name)):
+            return PartitionSpec()
+        axes = [MODEL if part is not None and splits[part] else None for part in parts]
+        return PartitionSpec(*axes) if MODEL in axes else PartitionSpec()
+
+    return {name: spec(name) for name in names}
+
+
+def parameter_shardings(
+    config: "DecoderConfig", names: Mapping[str, object], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """Where each parameter lies on a mesh; see `parameter_specs`."""
+    specs = parameter_specs(config, names, shape_of(mesh).model)
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def device_sizes(
+    config: "DecoderConfig", shapes: Mapping[str, tuple[int, ...]], num_model: int
+) -> dict[str, int]:
+    """Scalars of each parameter that one device holds."""
+    specs = parameter_specs(config, shapes, num_model)
+    return {
+        name: math.prod(shape) // (num_model if MODEL in specs[name] else 1)
+        for name, shape in shapes.items()
+    }
