@@ -18,7 +18,7 @@ from jaxgrad.memory import (
     predict_disk,
 )
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.pipeline import WINDOW, Session, Window, plan_windows
+from jaxgrad.pipeline import Session
 from jaxgrad.planning import (
     date_for,
     fit_batches,
@@ -28,6 +28,7 @@ from jaxgrad.planning import (
 )
 from jaxgrad.run_info import memory_line, memory_warnings, model_line, resident_bytes, sizes_on_disk
 from jaxgrad.tokens import TokenizedExample, uses_chat
+from jaxgrad.windows import WINDOW, Window, plan_windows
 
 CALIBRATION_REPEATS = 2
 

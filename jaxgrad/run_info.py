@@ -22,9 +22,14 @@ from jaxgrad.results import iter_results
 from jaxgrad.tokens import TokenizedExample
 
 
-def session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
-    """Where a session's numbers come from: versions, commit, device, command, files."""
-    device = jax.devices()[0]
+def session_info(
+    checkpoint: Checkpoint, data: DataSet, *, num_processes: int = 1
+) -> dict[str, Any]:
+    """Where a session's numbers come from: versions, commit, device, command, files.
+
+    Of several processes it is the leading one's; devices are counted in all of them.
+    """
+    device = jax.local_devices()[0]
     return provenance() | {
         "model": checkpoint.name,
         "model_files": checkpoint.files,
@@ -35,6 +40,7 @@ def session_info(checkpoint: Checkpoint, data: DataSet) -> dict[str, Any]:
             "count": jax.device_count(),
             "machine": platform.machine(),
         },
+        "processes": num_processes,
     }
 
 

@@ -111,7 +111,7 @@ class SavedDecoder:
         return graphdef, with_parameters(abstract, self._restore_arrays(dtype))
 
     def _restore_arrays(self, dtype: Any) -> dict[str, jax.Array]:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
             name: ocp.ArrayRestoreArgs(
                 sharding=sharding,
