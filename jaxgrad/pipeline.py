@@ -135,7 +135,7 @@ class Session:
         group: Group = ALONE,
     ) -> None:
         self._model_path, self.options, self._progress = model_path, options, progress
-        self._group, self._num_runs = group, 0
+        self._group = group
         self._programs: dict[MeasureSettings, Programs] = {}
 
     @functools.cached_property
@@ -174,7 +174,7 @@ class Session:
         """
         stopping.raise_if_requested()
         group, checkpoint, options = self._group, self.checkpoint, job.options
-        name, self._num_runs = f"run-{self._num_runs}", self._num_runs + 1
+        name = group.begin_run()
         if not group.leads:
             say, progress = _say_nothing, False
         compare_with_leader(group, f"{name}/asked", job.identity)
@@ -311,13 +311,14 @@ def run_analysis(
         raise UserError(
             "--data_path: two files have the same name, and each run's directory is named after its file"
         )
+    name = group.begin_run()
     if not group.leads:
         say = _say_nothing
 
     def chosen_date() -> str:
         return date_for(options, [recorded_date(directory) for directory in places.values()])
 
-    options = dataclasses.replace(options, date=group.from_leader("date", chosen_date))
+    options = dataclasses.replace(options, date=group.from_leader(f"{name}/date", chosen_date))
     jobs = []
     for path, directory in places.items():
         data = read_examples(path, start=start, limit=limit, fields=fields)
@@ -331,7 +332,7 @@ def run_analysis(
         if output_format == "jsonl" and group.leads:
             _write_jsonl(job.output_dir, options, say)
     # Nobody is done before process 0 is.
-    group.from_leader("done", lambda: "done")
+    group.from_leader(f"{name}/done", lambda: "done")
     return summaries
 
 

@@ -53,11 +53,18 @@ class Group:
 
     def __init__(self) -> None:
         self._counters: Counter[str] = Counter()
+        self._num_runs = 0
 
     @property
     def leads(self) -> bool:
         """Whether this process is the one that leads."""
         return self.process_id == 0
+
+    def begin_run(self) -> str:
+        """A name for what is exchanged about a run; all processes begin the same runs in one order."""
+        self._counters.clear()
+        self._num_runs += 1
+        return f"run-{self._num_runs}"
 
     def from_leader(self, name: str, make: Callable[[], str]) -> str:
         """What `make` gives in process 0, for all.

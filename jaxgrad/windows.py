@@ -17,7 +17,7 @@ from jaxgrad.batches import Batch, BatchShape, choose_row_shapes, plan_batches
 from jaxgrad.errors import OutputError
 from jaxgrad.models import LoadedModel
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.processes import ALONE, Group
+from jaxgrad.processes import Group
 from jaxgrad.program import CompileTally, Programs
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.rows import skipped_result
@@ -108,8 +108,8 @@ def complete_run(
     before: CompileTally,
     say: Callable[[str], None],
     progress: bool,
-    group: Group = ALONE,
-    name: str = "run",
+    group: Group,
+    name: str,
 ) -> dict[str, Any]:
     """Measures what is left of an open run, and marks it as finished once all processes are done.
 
@@ -162,8 +162,8 @@ def run_windows(
     *,
     say: Callable[[str], None],
     progress: bool,
-    group: Group = ALONE,
-    name: str = "run",
+    group: Group,
+    name: str,
 ) -> int:
     """Measure what is left of a run, and write it; in a group this process's share.
 
@@ -179,7 +179,7 @@ def run_windows(
         say: takes the lines for the user.
         progress: show a bar on stderr, of the whole group.
         group: of which this process is one.
-        name: of this run, the same in all processes and no other run's.
+        name: of this run, from `group.begin_run`.
 
     Returns:
         How many batches this process measured in this session.

@@ -21,7 +21,7 @@ FLAGS = [
     "--chat=no",
     "--max_length=32",
     "--batch_tokens=32",
-    r"--parameters=layers\.[01]\.self_attn\.[qk]_proj",
+    r"--parameters=layers\.0\.self_attn\.q_proj",
 ]
 
 
