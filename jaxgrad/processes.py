@@ -14,6 +14,7 @@ How a group ends:
 | SIGTERM | they stop as well: each finishes its batches in flight and exits with `RUN_AGAIN` |
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -160,12 +161,12 @@ class _Joined(Group):
         self._ending = threading.Lock()
         self._incarnations: dict[int, int] = {}
         self._abort = AbortHook(self._on_abort)
-        quiet(5)
+        quiet(4)
         self._client = connect(
             place, join_timeout=JOIN_TIMEOUTS * timeout, heartbeat_timeout=timeout
         )
         # Errors of XLA's own are to be seen again, but not what JAX says of a group that lost process 0.
-        quiet(1 if self.leads else 5)
+        quiet(1 if self.leads else 4)
         if not self._set(f"joined/{self.process_id}", socket.gethostname()):
             raise UserError(
                 f"process {self.process_id} of {self.num_processes} is in this group already, or was "
@@ -174,7 +175,7 @@ class _Joined(Group):
         self._phase = "running"
         stopping.at_once_by(self._stop_at_once)
         for watch in (self._watch_notes, self._watch_members):
-            threading.Thread(target=watch, name=watch.__name__, daemon=True).start()
+            threading.Thread(target=self._watch, args=(watch,), daemon=True).start()
         # All open their devices at the same time: JAX has them wait for each other here.
         jax.local_devices()
 
@@ -241,7 +242,10 @@ class _Joined(Group):
             self._code, self._phase = code, "done"
         if code == 0 or (code == RUN_AGAIN and self.leads):
             # Not before all are done: who still works needs process 0, and notices who is gone.
-            self.assemble("leaving")
+            with contextlib.suppress(
+                jax.errors.JaxRuntimeError
+            ):  # process 0 is gone: all were done
+                self.assemble("leaving")
         else:
             self._set(f"leaving/{self.process_id}", "")
         self._phase = "leaving"
@@ -287,35 +291,35 @@ class _Joined(Group):
 
     # How the others do.
 
+    def _watch(self, look: Callable[[], None]) -> None:
+        """Looks again and again until this process leaves, or nobody answers because others have left."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while self._phase in ("running", "done"):
+                look()
+                time.sleep(LOOK_SECONDS)
+
     def _watch_notes(self) -> None:
         """Looks for what the others tell: an error that ends the run, or a request to stop."""
-        told_stop = False
-        while self._phase in ("running", "done"):
-            if stopping.requested() and not told_stop:
-                told_stop = True
-                self._set("stop", "")
-            elif not stopping.requested() and self._get("stop") is not None:
-                stopping.request()
-            for k, note in self._folder("ended").items():
-                ended = json.loads(note)
-                if k != self.process_id and ended["code"] == RUN_AGAIN:
-                    if not stopping.requested():
-                        stopping.request()
-                elif k != self.process_id:
-                    self._end(ended["code"], f"process {k} ended: {ended['line']}")
-            time.sleep(LOOK_SECONDS)
+        asked = self._get("stop") is not None
+        for k, note in self._folder("ended").items():
+            ended = json.loads(note)
+            if k != self.process_id and ended["code"] != RUN_AGAIN:
+                self._end(ended["code"], f"process {k} ended: {ended['line']}")
+            asked |= ended["code"] == RUN_AGAIN
+        if asked and not stopping.requested():
+            stopping.request()
+        elif stopping.requested() and not asked:
+            self._set("stop", "")
 
     def _watch_members(self) -> None:
         """Asks JAX who is alive. The call waits for all that are, so it has a thread of its own."""
-        while self._phase in ("running", "done"):
-            live = self._call(self._client.get_live_nodes, list(range(self.num_processes)))
-            for k in self._others:
-                # A process that came back is another one: its start says so to itself.
-                if k in live and self._incarnations.setdefault(k, live[k]) == live[k]:
-                    continue
-                if k not in self._folder("ended") and k not in self._folder("leaving"):
-                    self._end(LOST_PROCESS, self._lost(k))
-            time.sleep(LOOK_SECONDS)
+        live = self._call(self._client.get_live_nodes, list(range(self.num_processes)))
+        for k in self._others:
+            # A process that came back is another one: its start says so to itself.
+            if k in live and self._incarnations.setdefault(k, live[k]) == live[k]:
+                continue
+            if k not in self._folder("ended") and k not in self._folder("leaving"):
+                self._end(LOST_PROCESS, self._lost(k))
 
     def _lost(self, k: int) -> str:
         return f"process {k} of {self.num_processes} has died or cannot be reached; {_GO_ON}"
@@ -371,9 +375,10 @@ class _Joined(Group):
         except jax.errors.JaxRuntimeError as error:
             if str(error).startswith(("NOT_FOUND", "ALREADY_EXISTS", "DEADLINE_EXCEEDED")):
                 raise
-            if self._phase == "running":
-                time.sleep(self._timeout + FAREWELL_SECONDS)
-            stopping.exit_now(self._code or LOST_PROCESS, f"error: {self.told(self._lost(0))}")
+            if self._phase != "running":
+                raise
+            time.sleep(self._timeout + FAREWELL_SECONDS)
+            stopping.exit_now(LOST_PROCESS, f"error: {self.told(self._lost(0))}")
 
     def _set(self, key: str, value: str) -> bool:
         """Whether the key was not there before."""

@@ -48,7 +48,7 @@ class AbortHook:
 
 
 def quiet(level: int) -> None:
-    """From which level on C++ code prints: 1 warnings, as usual; 5 nothing."""
+    """From which level on C++ code prints: 1 warnings, as usual; 4 nothing."""
     try:
         from jaxlib import utils  # it has no public name
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pandas as pd
 from tiny_models import Tiny, save_tiny
 
+from jaxgrad.windows import WINDOW
+
 ROOT = Path(__file__).resolve().parent.parent
 ANALYZE = ROOT / "bin" / "analyze"
 # All examples have one batch shape, because each process compiles it anew.
@@ -111,18 +113,22 @@ class Processes:
             raise TimeoutError(f"not all ended within {seconds} s: {told}") from error
 
 
-def wait_for_batches(output_dir: Path, count: int, processes: Processes, seconds: float) -> None:
-    """Until the journal has so many batches."""
-    until = time.monotonic() + seconds
-    journal = output_dir / "journal"
-    while time.monotonic() < until:
-        if journal.is_dir() and len(os.listdir(journal)) >= count:
-            return
+def start_and_wait(
+    folder: Path, output_dir: Path, count: int, batches: int, **options
+) -> Processes:
+    """Processes that have recorded so many more batches, of one example each."""
+
+    def there() -> int:
+        merged = len(list(output_dir.glob("examples/part-*.parquet")))
+        return len(list(output_dir.glob("journal/*.batch"))) + WINDOW * merged
+
+    before, processes = there(), Processes(folder, output_dir, count, **options)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and there() < before + batches:
         if any(process.poll() is not None for process in processes.processes):
-            break
+            raise AssertionError(f"ended before {batches} batches: {processes.wait(100)}")
         time.sleep(0.01)
-    told = processes.wait(30)
-    raise AssertionError(f"no {count} batches in {journal}: {told}")
+    return processes
 
 
 def digest(output_dir: Path) -> str:

@@ -14,7 +14,7 @@ from process_groups import (
     faults,
     free_port,
     make_inputs,
-    wait_for_batches,
+    start_and_wait,
 )
 
 import jaxgrad
@@ -65,8 +65,7 @@ def num_measured(output_dir):
 def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, single):
     output_dir = folder / "shared"
     # A follower dies: the others say so, after the time-out at most, and what is left of it.
-    group = Processes(folder, output_dir, 2, timeout=TIMEOUT)
-    wait_for_batches(output_dir, 20, group, 300)
+    group = start_and_wait(folder, output_dir, 2, 20, timeout=TIMEOUT)
     group.signal(1, signal.SIGKILL)
     struck = time.monotonic()
     leader, follower = group.wait(200)
@@ -75,8 +74,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, sing
     assert "error: process 1 of 2 has died or cannot be reached; finished batches" in leader.stderr
     assert "run the same command again on all hosts" in leader.stderr
     # Process 0 dies, which hosts JAX's service.
-    group = Processes(folder, output_dir, 2, timeout=TIMEOUT)
-    wait_for_batches(output_dir, 60, group, 300)
+    group = start_and_wait(folder, output_dir, 2, 20, timeout=TIMEOUT)
     group.signal(0, signal.SIGKILL)
     leader, follower = group.wait(200)
     assert (leader.code, follower.code) == (-signal.SIGKILL, 69), follower.stderr
@@ -84,8 +82,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, sing
     assert lines[-1].startswith("error: process 1: process 0 of 2 has died or cannot be reached")
     assert "Check failure stack trace" not in follower.stderr
     # One gets SIGTERM: both finish their batches in flight.
-    group = Processes(folder, output_dir, 2, timeout=TIMEOUT)
-    wait_for_batches(output_dir, 100, group, 300)
+    group = start_and_wait(folder, output_dir, 2, 20, timeout=TIMEOUT)
     group.signal(1, signal.SIGTERM)
     leader, follower = group.wait(200)
     assert (leader.code, follower.code) == (75, 75), (leader.stderr, follower.stderr)
