@@ -52,7 +52,8 @@ def quiet(level: int) -> None:
     try:
         from jaxlib import utils  # it has no public name
 
-        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+        # "1" is what JAX's own import leaves there.
+        if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
             utils.absl_set_min_log_level(level)
     except (ImportError, AttributeError):
         pass  # then there are more lines
