@@ -162,9 +162,13 @@ class _Joined(Group):
         self._incarnations: dict[int, int] = {}
         self._abort = AbortHook(self._on_abort)
         quiet(4)
-        self._client = connect(
-            place, join_timeout=JOIN_TIMEOUTS * timeout, heartbeat_timeout=timeout
-        )
+        try:
+            self._client = connect(
+                place, join_timeout=JOIN_TIMEOUTS * timeout, heartbeat_timeout=timeout
+            )
+        except UserError:
+            self._abort.remove()
+            raise
         # Errors of XLA's own are to be seen again, but not what JAX says of a group that lost process 0.
         quiet(1 if self.leads else 4)
         if not self._set(f"joined/{self.process_id}", socket.gethostname()):

@@ -5,6 +5,7 @@ looked for where JAX 0.10.2 has them; a JAX that has them elsewhere is refused, 
 """
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -84,8 +85,11 @@ def connect(place: Place, *, join_timeout: int, heartbeat_timeout: int) -> Any:
         from jax._src.distributed import global_state  # the client has no public name
     except (ImportError, AttributeError) as error:
         raise _unknown_jax(str(error)) from error
-    host = place.coordinator.rpartition(":")[0]
+    host, _, port = place.coordinator.rpartition(":")
+    # JAX listens on all of the host's addresses, which on loopback nobody asked for.
     loopback = host in ("localhost", "127.0.0.1")
+    if place.process_id == 0:
+        _refuse_taken_port(loopback, int(port))
     try:
         jax.distributed.initialize(
             place.coordinator,
@@ -108,6 +112,22 @@ def connect(place: Place, *, join_timeout: int, heartbeat_timeout: int) -> Any:
     if missing:
         raise _unknown_jax(f"no {missing[0]}")
     return global_state.client
+
+
+def _refuse_taken_port(loopback: bool, port: int) -> None:
+    """Raises where somebody listens there: JAX's service crashes on it (a segmentation fault)."""
+    kind, address = (socket.AF_INET, "127.0.0.1") if loopback else (socket.AF_INET6, "::")
+    try:
+        with socket.socket(kind) as listener:
+            # What an earlier group left is free, though the system still remembers its connections.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, port))
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(
+                f"--coordinator: process 0 cannot listen on port {port} ({error.strerror}); give a free "
+                "port"
+            ) from error
 
 
 def disconnect() -> None:

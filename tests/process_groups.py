@@ -14,10 +14,9 @@ from pathlib import Path
 import pandas as pd
 from tiny_models import Tiny, save_tiny
 
-from jaxgrad.windows import WINDOW
-
 ROOT = Path(__file__).resolve().parent.parent
 ANALYZE = ROOT / "bin" / "analyze"
+WINDOW = 256  # of jaxgrad.windows, which would bring JAX into a script that only starts processes
 # All examples have one batch shape, because each process compiles it anew.
 FLAGS = [
     "--chat=no",
