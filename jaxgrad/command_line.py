@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
-from jaxgrad.errors import UserError
+from jaxgrad import stopping
+from jaxgrad.errors import BAD_INPUT, INTERRUPTED, RUN_AGAIN, UserError
 from jaxgrad.examples import Fields
 
 if TYPE_CHECKING:
     from jaxgrad.analysis import Resampling
     from jaxgrad.options import AnalyzeOptions
-
-BAD_INPUT, INTERRUPTED = 2, 130
+    from jaxgrad.processes import Group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,10 @@ def run(
 
     Arguments that are no flags and follow the flag `more_of` are further values of it.
 
-    0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C,
-    with a line that says how to go on. Any other exception keeps its traceback.
+    0 or main's own code; 2 with a one-line message for a `UserError` or a bad flag; 130 after Ctrl-C and
+    75 after SIGTERM, with a line that says how to go on. Any other exception keeps its traceback.
     """
+    stopping.catch_sigterm()
     # Compiled programs are kept between runs: the second analysis of a model starts at once.
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxgrad/compiled")
@@ -69,6 +70,8 @@ def run(
             return main()
         except UserError as error:
             _fail(str(error))
+        except stopping.Stopped as stopped:
+            stopping.exit_now(RUN_AGAIN, f"\n{stopped}")
         except KeyboardInterrupt:
             _end_interrupted(after_interrupt)
 
@@ -85,10 +88,8 @@ def run(
 
 
 def _end_interrupted(after_interrupt: str) -> NoReturn:
-    print(f"\ninterrupted: {after_interrupt}", file=sys.stderr)
-    sys.stderr.flush()
     # XLA's threads may still be at work on a batch; waiting for it is not what Ctrl-C asks.
-    os._exit(INTERRUPTED)
+    stopping.exit_now(INTERRUPTED, f"\ninterrupted: {after_interrupt}")
 
 
 def _flag_for_each(arguments: list[str], name: str | None) -> list[str]:
@@ -295,6 +296,37 @@ def define_compute_flags() -> FlagGroup:
     return FlagGroup("Computation", ("batch_tokens", "dtype", "precision", "layerwise", "mesh"))
 
 
+def define_process_flags() -> FlagGroup:
+    """Several processes that share one run."""
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0. Not given: one process, or as SLURM, Open MPI, a TPU pod or an indexed "
+        "Kubernetes job says.",
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes share the run. 1: this one, whatever SLURM says."
+    )
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+    flags.DEFINE_integer(
+        "process_timeout",
+        60,
+        "Seconds without a sign of life after which a process counts as dead and the others end. All "
+        "have five times as long to come together.",
+        lower_bound=2,
+    )
+    names = ("coordinator", "num_processes", "process_id", "process_timeout")
+    return FlagGroup("Several processes", names)
+
+
+def join_processes() -> "Group":
+    """The group of processes that the flags, or else the environment, tell of."""
+    from jaxgrad.processes import join
+
+    v = flags.FLAGS
+    return join(v.coordinator, v.num_processes, v.process_id, timeout=v.process_timeout)
+
+
 def define_dry_run_flags() -> FlagGroup:
     """Plan instead of run."""
     flags.DEFINE_bool(
@@ -348,7 +380,12 @@ def define_study_flags() -> FlagGroup:
     flags.DEFINE_bool("dry_run", False, "Print the cells, and what of them is there; do nothing.")
     flags.DEFINE_bool("report_only", False, "Measure nothing; report the cells that are finished.")
     flags.DEFINE_bool("progress", True, "Show progress bars.")
-    names = ("config", "output_dir", "limit", "dry_run", "report_only", "progress")
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "1: this process alone, whatever SLURM says. A study runs as one process.",
+    )
+    names = ("config", "output_dir", "limit", "dry_run", "report_only", "progress", "num_processes")
     return FlagGroup("Study", names)
 
 

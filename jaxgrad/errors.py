@@ -5,6 +5,10 @@ with one line that says what is wrong, where, and how to mend it. The binaries p
 with code 2; any other exception is a bug of ours and keeps its traceback.
 """
 
+# Exit codes of the binaries: what the user has to mend; a process of the group that died or cannot be
+# reached; "run me again" (EX_TEMPFAIL of sysexits.h); Ctrl-C. Both middle ones: the same command continues.
+BAD_INPUT, LOST_PROCESS, RUN_AGAIN, INTERRUPTED = 2, 69, 75, 130
+
 _LONGEST = 4000  # characters of a message
 
 

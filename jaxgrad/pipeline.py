@@ -6,25 +6,23 @@ interrupted run, and is what `bin/analyze` calls.
 
 import dataclasses
 import functools
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from jaxgrad.batches import (
-    MAX_SHAPES,
-    Batch,
-    BatchShape,
-    choose_row_shapes,
-    count_shapes,
-    plan_batches,
+from jaxgrad import stopping, windows
+from jaxgrad.agreement import (
+    compare_with_leader,
+    fit_together,
+    open_together,
 )
+from jaxgrad.batches import MAX_SHAPES, BatchShape, count_shapes
 from jaxgrad.errors import UserError
 from jaxgrad.examples import DataSet, Example, Fields, read_examples
-from jaxgrad.memory import largest_shape, predict_disk
+from jaxgrad.memory import BatchChoice, largest_shape, predict_disk
 from jaxgrad.models import Checkpoint, LoadedModel, open_checkpoint
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.planning import (
@@ -35,6 +33,7 @@ from jaxgrad.planning import (
     tokenize_examples,
     with_recorded_choices,
 )
+from jaxgrad.processes import ALONE, Group
 from jaxgrad.program import Programs
 from jaxgrad.reduction import MeasureSettings
 from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
@@ -42,8 +41,6 @@ from jaxgrad.results.layout import AUTHORS_FILE, is_whole, load_run
 from jaxgrad.results.rows import skipped_result
 from jaxgrad.results.urls import place_below
 from jaxgrad.run_info import (
-    count_results,
-    halved_line,
     memory_line,
     memory_warnings,
     model_line,
@@ -62,10 +59,7 @@ from jaxgrad.sharding import (
 )
 from jaxgrad.stream import measured
 from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
-
-# Consecutive examples that are sorted into batches together and become one part file. More would pad
-# less; fewer would show results sooner.
-WINDOW = 256
+from jaxgrad.windows import complete_run, plan_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +85,6 @@ class RunSummary:
     output_dir: str | Path
     counts: dict[str, Any]
     reused: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """Consecutive examples, and the batches of those that can be measured."""
-
-    tokenized: Sequence[TokenizedExample]
-    batches: Sequence[Batch]
 
 
 def analyze(
@@ -148,7 +134,8 @@ class Session:
     """One model and one set of options, for one data file after the other.
 
     The checkpoint is opened, the weights are read and the programs are compiled at their first use and
-    kept, so that the second data file starts at once.
+    kept, so that the second data file starts at once. In a group each process has a session of its own,
+    which makes the same calls in the same order.
     """
 
     def __init__(
@@ -158,9 +145,11 @@ class Session:
         *,
         mesh: str = "auto",
         progress: bool = False,
+        group: Group = ALONE,
     ) -> None:
         self._model_path, self.options, self._progress = model_path, options, progress
         self._asked_mesh, self._mesh_shape = parse_mesh(mesh), ONE_DEVICE
+        self._group = group
         self._programs: dict[MeasureSettings, Programs] = {}
 
     @functools.cached_property
@@ -201,7 +190,7 @@ class Session:
         return self._programs[settings]
 
     def run(self, job: Job, *, say: Callable[[str], None], progress: bool) -> RunSummary:
-        """Measure a job, or what is left of it.
+        """Measure a job, or what is left of it; in a group this process's share.
 
         A finished run that was made from these very model files is reused, and nothing is said; where
         a part of it is damaged, what that part holds is measured again.
@@ -213,51 +202,35 @@ class Session:
 
         Raises:
             OutputError: `job.output_dir` cannot be written or holds another run.
-            UserError: the model cannot be loaded, or does not fit the options or the data.
+            UserError: the model cannot be loaded, or does not fit the options or the data; or another
+                process of the group was given other inputs.
+            Stopped: the process was asked to stop, see `stopping`.
         """
-        checkpoint, options = self.checkpoint, job.options
-        earlier = _finished_before(job.output_dir, checkpoint)
+        stopping.raise_if_requested()
+        group, checkpoint, options = self._group, self.checkpoint, job.options
+        name = group.begin_run()
+        if not group.leads:
+            say, progress = _say_nothing, False
+        compare_with_leader(group, f"{name}/asked", job.identity)
+        earlier = json.loads(
+            group.from_leader(
+                f"{name}/earlier", lambda: json.dumps(_finished_before(job.output_dir, checkpoint))
+            )
+        )
         if earlier is not None:
             return RunSummary(job.output_dir, earlier, reused=True)
         config = checkpoint.config
         tokenized = tokenize_examples(checkpoint.tokenizer, config, job.data.examples, options)
         loaded = self.model.weight_bytes if "model" in vars(self) else 0
         mesh = self.settle_mesh(options, tokenized)
-        options, choice = fit_batches(options, config, tokenized, loaded=loaded, mesh=mesh)
-        windows = plan_windows(tokenized, options)
-        shapes = count_shapes(batch for window in windows for batch in window.batches)
+        options, choice = fit_together(
+            group, f"{name}/choices", options, config, tokenized, loaded=loaded, mesh=mesh
+        )
+        planned = plan_windows(tokenized, options)
+        shapes = count_shapes(batch for window in planned for batch in window.batches)
         programs = self.programs_for(options)
         before = programs.tally
-        if shapes:
-            settings = options.settings_for(config)
-            largest = largest_shape(config, options.dtype, settings, shapes, mesh)
-            on_disk = sizes_on_disk(tokenized)
-            disk = predict_disk(
-                settings,
-                config,
-                on_disk,
-                window=WINDOW,
-                examples_a_batch=len(on_disk) / sum(shapes.values()),
-            )
-            account = programs.memory(largest.shape)
-            layerwise = settings.layerwise
-            line = memory_line(
-                account, largest, disk, choice, _program_bytes(), layerwise=layerwise
-            )
-            say(line)
-            for line in memory_warnings(choice):
-                say(line)
-        told = replicated_line(config, mesh)
-        if told is not None:
-            say(told)
-        chat = uses_chat(checkpoint.tokenizer, options.chat)
-        say(
-            f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
-            f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
-            f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
-            f"{'chat template' if chat else 'plain text'}; "
-            f"{len(shapes)} batch shapes (at most {MAX_SHAPES})"
-        )
+        self._introduce(job, options, choice, tokenized, shapes, mesh, say)
         identity = job.identity | {
             "options": job.identity["options"]
             | {"batch_tokens": options.batch_tokens, "layerwise": options.layerwise},
@@ -267,21 +240,68 @@ class Session:
             },
             "tokens_sha256": tokens_digest(tokenized),
         }
-        info = session_info(checkpoint, job.data, mesh)
-        with RunDirectory.open(job.output_dir, identity, info) as store:
-            if not store.finished:
-                _run_windows(store, windows, programs, self.model, progress, say)
-                compiled = programs.tally_since(before)
-                halves = {
-                    shape: programs.halves[shape] for shape in shapes & programs.halves.keys()
-                }
-                store.finish(count_results(tokenized, job.output_dir, compiled, halves))
-            counts = store.run["counts"]
+        compare_with_leader(group, f"{name}/identity", identity)
+        info = session_info(checkpoint, job.data, mesh, num_processes=group.num_processes)
+        with open_together(group, f"{name}/open", job.output_dir, identity, info) as store:
+            counts = complete_run(
+                store,
+                planned,
+                tokenized,
+                programs,
+                self.model,
+                before=before,
+                say=say if group.leads else group.warn,
+                progress=progress,
+                group=group,
+                name=name,
+            )
         for line in summary_lines(counts):
             say(line)
         places = ", ".join(f"{job.output_dir}/{n}" for n in ("examples", "matrices", "run.json"))
         say(f"results: {places}")
         return RunSummary(job.output_dir, counts, reused=False)
+
+    def _introduce(
+        self,
+        job: Job,
+        options: AnalyzeOptions,
+        choice: BatchChoice,
+        tokenized: Sequence[TokenizedExample],
+        shapes: Mapping[BatchShape, int],
+        mesh: MeshShape,
+        say: Callable[[str], None],
+    ) -> None:
+        """Says what will be measured and needed; compiles the largest batch's program."""
+        checkpoint, programs = self.checkpoint, self.programs_for(options)
+        config, settings = checkpoint.config, options.settings_for(checkpoint.config)
+        if shapes:
+            largest = largest_shape(config, options.dtype, settings, shapes, mesh)
+            on_disk = sizes_on_disk(tokenized)
+            disk = predict_disk(
+                settings,
+                config,
+                on_disk,
+                window=windows.WINDOW,
+                examples_a_batch=len(on_disk) / sum(shapes.values()),
+            )
+            needs = programs.memory(largest.shape), largest, disk, choice, _program_bytes()
+            say(memory_line(*needs, layerwise=settings.layerwise))
+            warn = say if self._group.leads else self._group.warn
+            for line in memory_warnings(choice):
+                warn(line)
+        told = replicated_line(config, mesh)
+        if told is not None:
+            say(told)
+        chat = uses_chat(checkpoint.tokenizer, options.chat)
+        several = self._group.num_processes
+        say(
+            f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
+            f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
+            f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
+            f"{'chat template' if chat else 'plain text'}; "
+            f"{len(shapes)} batch shapes (at most {MAX_SHAPES})"
+            + (f"; {several} processes" if several > 1 else "")
+        )
 
 
 def run_analysis(
@@ -297,6 +317,7 @@ def run_analysis(
     mesh: str = "auto",
     say: Callable[[str], None] = print,
     progress: bool = True,
+    group: Group = ALONE,
 ) -> list[RunSummary]:
     """Measure data files into directories; continue where an interrupted run stopped.
 
@@ -313,32 +334,44 @@ def run_analysis(
             them), next to the Parquet that makes the run resumable.
         mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `planning.settle_mesh`).
             A run may be continued on another one: its numbers are those up to rounding.
-        mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `planning.settle_mesh`).
-            A run may be continued on another one: its numbers are those up to rounding.
         say: takes the lines for the user.
         progress: show a bar on stderr.
+        group: the processes that share the runs, from `processes.join`; all make this call, with the
+            same arguments. Process 0 speaks for all.
 
     Raises:
         UserError: any bad input, in one line, before anything is computed.
+        Stopped: the process was asked to stop, see `stopping`.
     """
     if output_format == "jsonl":
         options = dataclasses.replace(options, extremes=True)
     make_mesh(parse_mesh(mesh) or ONE_DEVICE)  # too few devices are found before the data are read
     places = run_places(data_paths, output_dir)
-    dates = [recorded_date(directory) for directory in places.values()]
-    options = dataclasses.replace(options, date=date_for(options, dates))
+    name = group.begin_run()
+    if not group.leads:
+        say = _say_nothing
+
+    def chosen_date() -> str:
+        return date_for(options, [recorded_date(directory) for directory in places.values()])
+
+    options = dataclasses.replace(options, date=group.from_leader(f"{name}/date", chosen_date))
     jobs = []
     for path, directory in places.items():
         data = read_examples(path, start=start, limit=limit, fields=fields)
         jobs.append(plan_job(data, directory, options, start=start, limit=limit))
-    session = Session(model_path, options, mesh=mesh, progress=progress)
+    group.gather(f"{name}/planned", "")  # all have looked before process 0 writes
+    session = Session(
+        model_path, options, mesh=mesh, progress=progress and group.leads, group=group
+    )
     summaries = []
     for job in jobs:
         summaries.append(session.run(job, say=say, progress=progress))
         if summaries[-1].reused:
             say(f"{job.output_dir} holds this run already, finished: nothing to compute")
-        if output_format == "jsonl":
+        if output_format == "jsonl" and group.leads:
             _write_jsonl(job.output_dir, options, say)
+    # Nobody is done before process 0 is.
+    group.from_leader(f"{name}/done", lambda: "done")
     return summaries
 
 
@@ -395,75 +428,17 @@ def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> di
         del asked["batch_tokens"]
     if options.layerwise == "auto":
         del asked["layerwise"]
-    return {"data": {"start": start, "limit": limit}, "options": asked, "window": WINDOW}
+    return {"data": {"start": start, "limit": limit}, "options": asked, "window": windows.WINDOW}
+
+
+def _say_nothing(line: str) -> None:
+    """For processes that do not lead."""
 
 
 @functools.cache
 def _program_bytes() -> int:
     # Once a process, before its first weights: the most memory ever had does not shrink with them.
     return resident_bytes()
-
-
-def _run_windows(
-    store: RunDirectory,
-    windows: Sequence[Window],
-    programs: Programs,
-    model: LoadedModel,
-    progress: bool,
-    say: Callable[[str], None],
-) -> None:
-    plan = [
-        (w, b, batch) for w, window in enumerate(windows) for b, batch in enumerate(window.batches)
-    ]
-    done = {(w, b) for w, b, _ in plan if store.window_done(w) or store.batch_done(w, b)}
-    bar = tqdm(
-        total=sum(len(batch.members) for _, _, batch in plan),
-        # What an earlier session did is progress, but not speed.
-        initial=sum(len(batch.members) for w, b, batch in plan if (w, b) in done),
-        unit="example",
-        disable=not progress,
-        dynamic_ncols=True,
-    )
-    left = [(w, b, batch) for w, b, batch in plan if (w, b) not in done]
-    # Before the first batch that is left: windows of which only the end is missing.
-    open_batches = Counter(w for w, _, _ in left)
-    with bar:
-        for w, window in enumerate(windows):
-            if not open_batches[w]:
-                _finish_window(store, w, window)
-        rest = [(windows[w].tokenized, batch) for w, _, batch in left]
-        told: set[BatchShape] = set()
-        for (w, b, batch), results in zip(left, measured(programs, model, rest), strict=True):
-            store.write_batch(w, b, results)
-            for shape, half in programs.halves.items():
-                if shape not in told:
-                    say(halved_line(shape, half))
-                    told.add(shape)
-            bar.update(len(batch.members))
-            open_batches[w] -= 1
-            if not open_batches[w]:
-                _finish_window(store, w, windows[w])
-
-
-def _finish_window(store: RunDirectory, w: int, window: Window) -> None:
-    skipped = [skipped_result(item) for item in window.tokenized if not item.measurable]
-    store.finish_window(w, skipped, num_examples=len(window.tokenized))
-
-
-def plan_windows(tokenized: Sequence[TokenizedExample], options: AnalyzeOptions) -> list[Window]:
-    """The examples in windows, and each window's batches."""
-    windows = []
-    row_shapes = choose_row_shapes(tokenized, max_length=options.max_length)
-    for begin in range(0, len(tokenized), WINDOW):
-        part = tokenized[begin : begin + WINDOW]
-        batches = plan_batches(
-            part,
-            batch_tokens=options.tokens_of_a_batch,
-            max_length=options.max_length,
-            row_shapes=row_shapes,
-        )
-        windows.append(Window(part, batches))
-    return windows
 
 
 def _finished_before(output_dir: str | Path, checkpoint: Checkpoint) -> dict[str, Any] | None:

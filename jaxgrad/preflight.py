@@ -18,7 +18,7 @@ from jaxgrad.memory import (
     predict_disk,
 )
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.pipeline import WINDOW, Session, Window, plan_windows, run_places
+from jaxgrad.pipeline import Session, run_places
 from jaxgrad.planning import (
     date_for,
     fit_batches,
@@ -29,6 +29,7 @@ from jaxgrad.planning import (
 from jaxgrad.run_info import memory_line, memory_warnings, model_line, resident_bytes, sizes_on_disk
 from jaxgrad.sharding import replicated_line
 from jaxgrad.tokens import TokenizedExample, uses_chat
+from jaxgrad.windows import WINDOW, Window, plan_windows
 
 CALIBRATION_REPEATS = 2
 

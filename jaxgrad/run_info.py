@@ -25,9 +25,14 @@ from jaxgrad.tokens import TokenizedExample
 MOST_REASONS = 20  # that a run's end lists
 
 
-def session_info(checkpoint: Checkpoint, data: DataSet, mesh: MeshShape) -> dict[str, Any]:
-    """Where a session's numbers come from: versions, commit, devices, command, files."""
-    device = jax.devices()[0]
+def session_info(
+    checkpoint: Checkpoint, data: DataSet, mesh: MeshShape, *, num_processes: int = 1
+) -> dict[str, Any]:
+    """Where a session's numbers come from: versions, commit, devices, command, files.
+
+    Of several processes it is the leading one's; devices are counted in all of them.
+    """
+    device = jax.local_devices()[0]
     return provenance() | {
         "model": checkpoint.name,
         "model_files": checkpoint.files,
@@ -39,6 +44,7 @@ def session_info(checkpoint: Checkpoint, data: DataSet, mesh: MeshShape) -> dict
             "mesh": str(mesh),
             "machine": platform.machine(),
         },
+        "processes": num_processes,
     }
 
 

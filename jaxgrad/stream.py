@@ -1,7 +1,7 @@
 """The stream of measured batches: while one's results are written, the next ones are under way."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from jaxgrad.batches import Batch, batch_arrays
@@ -17,6 +17,8 @@ def measured(
     programs: Programs,
     model: LoadedModel,
     plan: Sequence[tuple[Sequence[TokenizedExample], Batch]],
+    *,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[ExampleResult]]:
     """The results of each batch, in the order of the plan.
 
@@ -27,6 +29,7 @@ def measured(
         programs: of the model.
         model: its weights.
         plan: the examples that a batch's members are positions in, and the batch.
+        stop: asked between batches; once it says so, those in flight are the last.
 
     Raises:
         UserError: the memory is too small for one example.
@@ -43,12 +46,18 @@ def measured(
     pending: deque[Future[list[ExampleResult]]] = deque()
     try:
         for tokenized, batch in plan:
+            if stop():
+                break
             pending.append(pool.submit(measure, tokenized, batch))
             # One more than run, so that a thread that is done finds its next batch.
             if len(pending) > in_flight:
                 yield pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            future = pending.popleft()
+            # They begin in order, so behind one that has not begun none is to be waited for.
+            if stop() and future.cancel():
+                return
+            yield future.result()
     finally:
         # Ctrl-C does not wait for what is still in flight.
         pool.shutdown(wait=False, cancel_futures=True)

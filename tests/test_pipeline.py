@@ -16,7 +16,7 @@ from result_runs import parts, stored
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
-from jaxgrad import pipeline, stream
+from jaxgrad import pipeline, stream, windows
 from jaxgrad.program import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,7 +208,7 @@ def test_interrupted_at_any_batch_and_continued(
     model_dir, data_path, undisturbed, tmp_path, monkeypatch, window
 ):
     """Same bytes as undisturbed, and no batch but the one in flight is computed twice."""
-    monkeypatch.setattr(pipeline, "WINDOW", window)
+    monkeypatch.setattr(windows, "WINDOW", window)
     # Of two in flight the second would be computed twice, and which one it is would be chance.
     monkeypatch.setattr(stream, "batches_in_flight", lambda _: 1)
     calm = tmp_path / "calm"

@@ -167,13 +167,18 @@ def _checkpointer(largest_bytes: int) -> Iterator[ocp.Checkpointer]:
     sys.unraisablehook = without_closed_loops
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
+    # Each process reads for itself. Orbax would have all wait for each other, through the devices.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={jax.process_index()}
+    )
     handler = ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=gigabytes,
         save_device_host_concurrent_gb=gigabytes,
         restore_concurrent_gb=gigabytes,
+        multiprocessing_options=alone,
     )
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
         sys.unraisablehook = report
     finally:

@@ -23,7 +23,7 @@ warning, and its window (or its batch) is computed again: the same bytes come ou
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -175,6 +175,14 @@ class RunDirectory:
     def batch_done(self, window: int, batch: int) -> bool:
         """Whether the batch's results are recorded, in the journal or in the window's parts."""
         return self._storage.exists(layout.batch_name(window, batch)) or self.window_done(window)
+
+    def journaled_batches(self) -> Set[tuple[int, int]]:
+        """The batches (window, batch) that are in the journal."""
+        return layout.journal_batches(self._storage).keys()
+
+    def finished_windows(self) -> list[int]:
+        """The windows that are done, ascending."""
+        return layout.finished_windows(self._storage)
 
     def write_batch(self, window: int, batch: int, results: Sequence[schema.ExampleResult]) -> None:
         """Records one batch; once this returns, no kill can lose it.

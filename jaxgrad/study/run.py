@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from jaxgrad.cluster import find_place
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.pipeline import Session, plan_job
 from jaxgrad.program import is_out_of_memory
@@ -17,9 +18,33 @@ from jaxgrad.results.urls import local_path
 from jaxgrad.study.config import StudyConfig, StudyModel
 from jaxgrad.study.plan import Plan, PlannedCell, in_a_study, plan_study, unavailable
 
+_ONE_PROCESS = (
+    "Start it once, with --num_processes=1; bin/analyze is what several processes can share"
+)
 Reasons = dict[tuple[str, Role], str]
 # What too small a memory raises, the host's and the device's; the second also stands for bugs.
 _OUT_OF_MEMORY = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+def refuse_several_processes(num_processes: int | None = None) -> None:
+    """A study runs as one process; where there are several, each would begin to measure all of it.
+
+    Args:
+        num_processes: 1 for a process on its own whatever its environment tells.
+
+    Raises:
+        UserError: this is one of several processes, by its environment or `num_processes`.
+    """
+    if num_processes not in (None, 1):
+        raise UserError(
+            f"--num_processes={num_processes}: bin/study runs as one process. {_ONE_PROCESS}"
+        )
+    place = find_place(None, num_processes)
+    if place is not None:
+        raise UserError(
+            f"bin/study runs as one process, and this is process {place.process_id} of "
+            f"{place.num_processes}. {_ONE_PROCESS}"
+        )
 
 
 def run_study(

@@ -1,0 +1,173 @@
+"""SIGTERM: what is in flight is finished and written, nothing else is begun, nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from process_groups import ANALYZE
+from test_pipeline import (  # noqa: F401 - fixtures
+    data_path,
+    model_dir,
+    parquet_bytes,
+    run,
+    undisturbed,
+)
+
+from jaxgrad import stopping, stream, windows
+from jaxgrad.batches import Batch, BatchShape
+from jaxgrad.errors import RUN_AGAIN
+from jaxgrad.program import Programs
+from jaxgrad.stopping import Stopped
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    stopping.forget()
+    stopping.at_once_by(None)
+
+
+def test_a_request_waits_for_batches_and_ends_everything_else_at_once():
+    ended = []
+    stopping.at_once_by(lambda: ended.append(True))
+    with stopping.finishing_batches():
+        stopping.request()
+        assert stopping.requested() and not ended
+    with pytest.raises(Stopped, match="run the same command again"), stopping.finishing_batches():
+        raise AssertionError("begun after the request")
+    stopping.forget()
+    stopping.request()
+    assert ended == [True]
+
+
+def test_a_stopped_stream_gives_what_was_in_flight_and_begins_nothing(monkeypatch):
+    """Whatever the moment, the results are the first ones of the plan and all that was begun."""
+    monkeypatch.setattr(stream, "batches_in_flight", lambda: 2)
+    monkeypatch.setattr(stream, "batch_arrays", lambda batch, tokenized: batch.members)
+    monkeypatch.setattr(stream, "example_results", lambda members, *_: list(members))
+
+    class Counting:
+        selection, began = None, 0
+
+        def measure(self, state, shape, arrays):
+            self.began += 1
+            time.sleep(0.002)
+            return None, None
+
+    class Model:
+        state = config = None
+
+    plan = [(range(9), Batch(BatchShape(1, 32, 16), (k,))) for k in range(9)]
+    for stop_after in range(9):
+        programs, found = Counting(), []
+        results = stream.measured(
+            programs, Model, plan, stop=lambda found=found, n=stop_after: len(found) >= n
+        )
+        for rows in results:
+            found.append(rows)
+        assert found == [[k] for k in range(len(found))]
+        assert stop_after <= len(found) <= min(9, stop_after + 3)
+        assert programs.began in (len(found), len(found) + 1)
+    assert [len(rows) for rows in stream.measured(Counting(), Model, plan)] == [1] * 9
+
+
+def test_a_stopped_run_keeps_its_batches_and_is_continued(
+    model_dir,  # noqa: F811
+    data_path,  # noqa: F811
+    undisturbed,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(windows, "WINDOW", 7)
+    monkeypatch.setattr(stream, "batches_in_flight", lambda: 1)
+    run(model_dir, data_path, tmp_path / "calm")
+    original, calls = Programs.measure, []
+
+    def measure(self, *arguments):
+        calls.append(None)
+        if len(calls) == 10:
+            stopping.request()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Programs, "measure", measure)
+    with pytest.raises(Stopped, match="10 of 28 examples are done"):
+        run(model_dir, data_path, tmp_path / "stopped")
+    assert len(calls) == 10
+    with pytest.raises(Stopped):  # the next data file is not begun
+        run(model_dir, data_path, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+    stopping.forget()
+    run(model_dir, data_path, tmp_path / "stopped")
+    assert len(calls) == 28
+    assert parquet_bytes(tmp_path / "stopped") == parquet_bytes(tmp_path / "calm")
+
+
+def test_sigterm_while_the_model_is_loaded_ends_at_once(model_dir, tmp_path):  # noqa: F811
+    """A named pipe for data: the program waits in a read that no handler of Python's interrupts."""
+    os.mkfifo(tmp_path / "data.json")
+    command = [sys.executable, str(ANALYZE), f"--model_path={model_dir}"]
+    command += [f"--data_path={tmp_path / 'data.json'}", f"--output_dir={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = f"/proc/{process.pid}/status"
+    caught = 0
+    deadline = time.monotonic() + 60
+    while not caught >> (signal.SIGTERM - 1) & 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        with open(status) as lines:
+            caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == RUN_AGAIN == 75, stderr
+    assert "stopped by SIGTERM: no batch was begun: run the same command again" in stderr
+    assert "Traceback" not in stderr and not (tmp_path / "out").exists()
+
+
+def test_batches_are_divided_evenly_and_the_same_everywhere():
+    rng = np.random.default_rng(0)
+    shapes = [BatchShape(int(n), int(t), 16) for n, t in rng.integers(1, 40, (200, 2))]
+    batches = [Batch(shape, (0,)) for shape in shapes]
+    for count in (1, 2, 3, 7):
+        owners = windows.divide(batches, count)
+        loads = [0] * count
+        for shape, owner in zip(shapes, owners, strict=True):
+            loads[owner] += shape.num_examples * shape.num_tokens
+        largest = max(shape.num_examples * shape.num_tokens for shape in shapes)
+        assert max(loads) - min(loads) <= largest
+        assert owners == windows.divide(batches, count)
+    assert windows.divide([], 3) == []
+
+
+def test_flags_as_text():
+    for flags in ([], [True], [False] * 9 + [True], [True, False] * 5000):
+        assert windows.decode_flags(windows.encode_flags(flags)) == flags
+    assert len(windows.encode_flags([True] * 700_000 + [False] * 300_000)) < 2000
+
+
+def test_only_the_second_signal_ends_a_batch_in_flight():
+    """In a process of its own, whose batch never ends."""
+    script = (
+        "import time\nfrom jaxgrad import stopping\nstopping.catch_sigterm()\n"
+        "stopping.note_progress(3, 9)\n"
+        "with stopping.finishing_batches():\n    print('ready', flush=True)\n    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    killer = threading.Timer(60, process.kill)
+    killer.start()
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate()
+    finally:
+        killer.cancel()
+    assert process.returncode == RUN_AGAIN
+    assert "stopped by SIGTERM: 3 of 9 examples are done" in stderr
