@@ -48,7 +48,8 @@ def bounded(seconds: float, more_bytes: int) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, over)
     try:
         try:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            # Again every second: where Python swallows exceptions (a destructor) the first is lost.
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
             yield
         finally:

@@ -32,3 +32,8 @@ class OutputError(UserError):
 
     Going on with other data or another model would not help, unlike after any other `UserError`.
     """
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up; such an error is no `Exception`, and has no public name."""
+    return type(error).__name__ == "PanicException"

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxgrad.bounds import bounded
-from jaxgrad.errors import UserError
+from jaxgrad.errors import UserError, is_panic
 from jaxgrad.examples import Example
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
@@ -175,7 +175,19 @@ def tokenize(example: Example, tokenizer: Any, protocol: Protocol) -> TokenizedE
     """  # noqa: E501 (a table row cannot be wrapped)
     text = _text(example, tokenizer, protocol)
     encode = _encode_paper if protocol.name == "paper" else _encode_clean
-    ids, num_prompt, truncated = encode(text, example.response, tokenizer, protocol.max_length)
+    try:
+        ids, num_prompt, truncated = encode(text, example.response, tokenizer, protocol.max_length)
+        token_ids = np.asarray(ids, dtype=np.int32)
+    except UserError:
+        raise
+    except BaseException as error:  # whatever a stranger's tokenizer files make of transformers
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        told = (str(error) or type(error).__name__)[:300]
+        raise UserError(
+            f"record {example.index}: the tokenizer fails ({type(error).__name__}: {told}); download "
+            "its files (tokenizer.json, tokenizer_config.json) again"
+        ) from error
     num_prompt_tokens = min(max(num_prompt, 1), len(ids))
     reason = None
     if not example.response:
@@ -184,7 +196,6 @@ def tokenize(example: Example, tokenizer: Any, protocol: Protocol) -> TokenizedE
         reason = PROMPT_FILLS
     elif num_prompt_tokens == len(ids):
         reason = NO_RESPONSE_TOKEN
-    token_ids = np.asarray(ids, dtype=np.int32)
     return TokenizedExample(example, token_ids, num_prompt_tokens, truncated, reason)
 
 

@@ -204,6 +204,9 @@ def test_numbers_that_are_not_finite(tmp_path):
         ('{"instruction": "a", "output": "b", "loss": 1, "model.layers.0.self_attn.'
          'q_proj.weight": {"S_list": [' + "9" * 400 + ', 1.5]}}', "S_list is not a list"),
         ("\x00\x01", "line 1: not JSON"),
+        ('{"instruction": "a", "output": "b", "loss": 1, "model.layers.0.self_attn.q_proj.weight": {},'
+         '"model.layers.0.self_attn.o_proj.weight": {}, "cosine_sim_qkvo": {"0": {"q_proj_x_o_proj":'
+         '[0.5]}}}', "q_proj_x_o_proj of layer '0' is not a number"),
     ],
 )  # fmt: skip
 def test_lines_that_broke_other_readers(tmp_path, line, message):

@@ -237,7 +237,7 @@ def test_a_chat_template_that_is_broken(tmp_path, data):
     model = write_model(tmp_path / "m")
     (model / "chat_template.jinja").write_text("{% for %}")
     message = refusal(data, model, tmp_path / "out", chat="yes")
-    assert "record 0: the chat template fails" in message and "--chat=no" in message
+    assert f"record 0: the chat template of {model} fails" in message and "--chat=no" in message
 
 
 def test_a_chat_template_without_end_is_named(tmp_path, data, monkeypatch):
@@ -248,6 +248,45 @@ def test_a_chat_template_without_end_is_named(tmp_path, data, monkeypatch):
     message = refusal(data, model, tmp_path / "out", chat="yes")
     assert f"record 0: the chat template of {model} fails" in message
     assert "takes more than 1 s" in message
+
+
+def test_a_file_s_text_cannot_steer_the_terminal(tmp_path, model):
+    """Escapes, overwritten lines, reversed text and half characters are shown, not printed."""
+    name = "\x1b[2J\r\u202e\ud800\u2028é"
+    data = write_json(tmp_path / "data.json", [{name: "a"}])
+    message = refusal(data, model, tmp_path / "out")
+    assert r"\x1b[2J\r\u202e\ud800\u2028" in message.replace("\\\\", "\\") and "é" in message
+    assert message.isprintable()
+
+
+def test_a_message_of_any_length_is_cut_in_its_middle(tmp_path, model):
+    data = write_json(tmp_path / "data.json", [{"k" * 10**6: "a"}])
+    message = refusal(data, model, tmp_path / "out")
+    assert len(message) < 4000 and message.startswith(f"{data}: record 0 has no field")
+    assert " [...] " in message and message.endswith("--instruction_field")
+
+
+def test_a_tokenizer_whose_library_gives_up_is_refused(tmp_path, data, monkeypatch):
+    """A panic of Rust's is no `Exception`; one is not to be had on demand, so it is played."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*arguments, **options):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    message = refusal(data, write_model(tmp_path / "m"), tmp_path / "out")
+    assert "the tokenizer cannot be read (PanicException: index out of bounds)" in message
+
+
+@pytest.mark.parametrize("value", ["x", [1]])
+def test_a_tokenizer_config_that_breaks_the_encoding_is_named(tmp_path, data, value):
+    model = write_model(tmp_path / "m")
+    path = model / "tokenizer_config.json"
+    write_json(path, json.loads(path.read_text()) | {"model_max_length": value})
+    message = refusal(data, model, tmp_path / "out")
+    assert "record 0: the tokenizer fails (TypeError" in message
 
 
 def test_a_tokenizer_of_another_model(tmp_path, data):

@@ -158,6 +158,11 @@ def test_an_index_cannot_lead_out_of_the_directory(sharded, name):
     assert f"{sharded / INDEX} names {name!r}, which is not a plain file name" in message
 
 
+def test_an_index_that_names_what_no_file_system_takes_is_refused(sharded):
+    message = refusal(edit_index(sharded, **{K_PROJ: "x" * 70000}))
+    assert "xxx, which is not a plain file name" in message and len(message) < 600
+
+
 @pytest.mark.parametrize("name", ["", "..", "no.safetensors"])
 def test_an_index_must_name_files(sharded, name):
     message = refusal(edit_index(sharded, **{K_PROJ: name}))

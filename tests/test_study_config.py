@@ -78,6 +78,8 @@ def test_every_key_arrives(tmp_path):
         ('title = "T"', 'title = " "', "title is empty"),
         ('title = "T"', 'title = "T"\nabuot = "x"', "'abuot' is not a key here"),
         ('title = "T"', 'title = "T', "is not TOML"),
+        ('title = "T"', "title = " + "[" * 5000, "is not TOML"),
+        ('title = "T"', "title = 1" + "0" * 5000, "is not TOML"),
         ("[[models]]", '[analyze]\nmodel_path = "x"\n[[models]]', "'model_path' is not a key"),
         ("[[models]]", "[analyze]\nmax_length = true\n[[models]]", "not a whole number"),
         ("[[models]]", '[analyze]\nmax_length = "1"\n[[models]]', "not a whole number"),

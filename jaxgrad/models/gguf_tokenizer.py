@@ -23,9 +23,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from jaxgrad.errors import UserError
+from jaxgrad.errors import UserError, is_panic
 from jaxgrad.models.gguf_source import GgufFile
-from jaxgrad.models.tokenizer import is_panic
 
 # Token types of the GGUF format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5

@@ -4,14 +4,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from jaxgrad.errors import UserError
+from jaxgrad.errors import UserError, is_panic
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust gave up; such an error is no `Exception`, and has no public name."""
-    return type(error).__name__ == "PanicException"
 
 
 def tokenizer_from_directory(directory: Path) -> PreTrainedTokenizerFast:

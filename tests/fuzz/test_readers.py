@@ -37,4 +37,4 @@ def test_mutated_files_end_in_an_error_or_a_right_result(name):
             outcomes.add(reader.one_input(data))
 
     one_file()
-    assert outcomes == {True, False}  # mutations that only break, or never do, test nothing
+    assert False in outcomes  # mutations that never break a file test nothing
