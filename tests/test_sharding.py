@@ -36,7 +36,7 @@ from jaxgrad.sharding import (
 TESTS = Path(__file__).resolve().parent
 PUBLISHED = json.loads((TESTS / "published_configs.json").read_text("utf-8"))
 DECODERS = [n for n, known in PUBLISHED.items() if known["config"]["model_type"] in FAMILIES]
-# An effective rank is an entropy of all singular values. A condition number ends at the last of them above a
+# An effective rank is an entropy of all singular values. A condition number ends at the last over a
 # cutoff, which one of two right programs may take for noise: the values themselves are compared.
 TOLERANCES = {"effective_rank": 1e-4, "condition_number": np.inf}
 
