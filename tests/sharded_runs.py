@@ -71,6 +71,7 @@ GPT_NEOX = {
     "num_attention_heads": 8,
     "max_position_embeddings": 64,
     "rotary_pct": 0.5,
+    "layer_norm_eps": 1e-5,
     "hidden_act": "gelu",
     "tie_word_embeddings": False,
 }
@@ -81,6 +82,8 @@ GPT2 = {
     "n_layer": LAYERS,
     "n_head": 8,
     "n_positions": 64,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
 }
 # 8 heads: a mesh of 8 splits them all. Key heads divide by none, some or all of the meshes.
 MODELS = {
