@@ -370,8 +370,7 @@ def run_analysis(
             say(f"{job.output_dir} holds this run already, finished: nothing to compute")
         if output_format == "jsonl" and group.leads:
             _write_jsonl(job.output_dir, options, say)
-    # Nobody is done before process 0 is.
-    group.from_leader(f"{name}/done", lambda: "done")
+    group.from_leader(f"{name}/done", lambda: "done")  # nobody is before process 0
     return summaries
 
 

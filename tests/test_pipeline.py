@@ -258,7 +258,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_in_the_middle_and_started_again(model_dir, tmp_path, how, interruptible):
     data_path = tmp_path / "data.json"
     data_path.write_text(json.dumps(records(250)))
@@ -275,6 +275,10 @@ def test_killed_in_the_middle_and_started_again(model_dir, tmp_path, how, interr
     if how == signal.SIGINT:
         assert process.returncode == 130, stderr
         assert "interrupted" in stderr and "Traceback" not in stderr
+    if how == signal.SIGTERM:
+        assert process.returncode == 75, stderr
+        done = len(os.listdir(journal))
+        assert f"stopped by SIGTERM: {done} of 248 examples are done" in stderr
     assert not json.loads((output_dir / "run.json").read_text())["finished"]
     with pytest.raises(jaxgrad.UserError, match="analyze"):
         jaxgrad.read_results(output_dir)
