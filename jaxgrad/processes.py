@@ -141,7 +141,7 @@ def join(
     Raises:
         UserError: the flags are incomplete or out of range, or the group cannot be joined. (JAX ends the
             process where it cannot reach the coordinator; then that line is printed and the exit code
-            is `BAD_INPUT`, after `JOIN_TIMEOUTS` + 1 time-outs at most.)
+            is `LOST_PROCESS`, after `JOIN_TIMEOUTS` + 1 time-outs at most.)
     """
     place = find_place(coordinator, num_processes, process_id, timeout=JOIN_TIMEOUTS * timeout)
     return ALONE if place is None else _Joined(place, timeout)
@@ -331,7 +331,7 @@ class _Joined(Group):
     def _on_abort(self) -> None:
         """JAX aborts a process that cannot join, or that has lost process 0 (its C++ code does)."""
         if self._phase == "joining":
-            stopping.exit_now(BAD_INPUT, f"error: {self._cannot_join()}")
+            stopping.exit_now(LOST_PROCESS, f"error: {self._cannot_join()}")
         if self._phase in ("done", "leaving"):
             os._exit(self._code)
         if not self.leads and not self._leader_answers():

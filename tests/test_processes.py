@@ -126,7 +126,7 @@ def test_a_coordinator_that_is_not_there(folder):
     flags = (f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=1")
     began = time.monotonic()
     (ended,) = Processes(folder, folder / "never", 1, timeout=2, flags=flags).wait(200)
-    assert ended.code == 2, ended.stderr
+    assert ended.code == 69, ended.stderr
     assert time.monotonic() - began < 60
     assert "process 1 of 2 cannot join the others: nobody answers at 127.0.0.1:" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1

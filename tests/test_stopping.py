@@ -47,12 +47,12 @@ def test_a_request_waits_for_batches_and_ends_everything_else_at_once():
 
 def test_a_stopped_stream_gives_what_was_in_flight_and_begins_nothing(monkeypatch):
     """Whatever the moment, the results are the first ones of the plan and all that was begun."""
-    monkeypatch.setattr(stream, "batches_in_flight", lambda: 2)
+    monkeypatch.setattr(stream, "batches_in_flight", lambda _: 2)
     monkeypatch.setattr(stream, "batch_arrays", lambda batch, tokenized: batch.members)
     monkeypatch.setattr(stream, "example_results", lambda members, *_: list(members))
 
     class Counting:
-        selection, began = None, 0
+        selection, mesh_shape, began = None, None, 0
 
         def measure(self, state, shape, arrays):
             self.began += 1
@@ -84,7 +84,7 @@ def test_a_stopped_run_keeps_its_batches_and_is_continued(
     monkeypatch,
 ):
     monkeypatch.setattr(windows, "WINDOW", 7)
-    monkeypatch.setattr(stream, "batches_in_flight", lambda: 1)
+    monkeypatch.setattr(stream, "batches_in_flight", lambda _: 1)
     run(model_dir, data_path, tmp_path / "calm")
     original, calls = Programs.measure, []
 
