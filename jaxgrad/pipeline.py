@@ -20,8 +20,8 @@ from jaxgrad.agreement import (
     open_together,
 )
 from jaxgrad.batches import MAX_SHAPES, BatchShape, count_shapes
-from jaxgrad.errors import UserError
-from jaxgrad.examples import DataSet, Example, Fields, read_examples
+from jaxgrad.examples import Example, Fields, read_examples
+from jaxgrad.jobs import Job, finished_before, plan_job, run_places
 from jaxgrad.memory import BatchChoice, largest_shape, predict_disk
 from jaxgrad.models import Checkpoint, LoadedModel, open_checkpoint
 from jaxgrad.options import AnalyzeOptions
@@ -31,13 +31,12 @@ from jaxgrad.planning import (
     recorded_date,
     settle_mesh,
     tokenize_examples,
-    with_recorded_choices,
 )
 from jaxgrad.processes import ALONE, Group
 from jaxgrad.program import Programs
 from jaxgrad.reduction import MeasureSettings
-from jaxgrad.results import ExampleResult, RunDirectory, iter_results, write_authors_jsonl
-from jaxgrad.results.layout import AUTHORS_FILE, is_whole, load_run
+from jaxgrad.results import ExampleResult, iter_results, write_authors_jsonl
+from jaxgrad.results.layout import AUTHORS_FILE
 from jaxgrad.results.rows import skipped_result
 from jaxgrad.results.urls import place_below
 from jaxgrad.run_info import (
@@ -60,22 +59,6 @@ from jaxgrad.sharding import (
 from jaxgrad.stream import measured
 from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
 from jaxgrad.windows import complete_run, plan_windows
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A slice of a data file that is to be measured into a directory.
-
-    Attributes:
-        output_dir: a path or a URL.
-        options: the session's; the date may be the directory's own.
-        identity: what the numbers depend on and is known before a model is opened.
-    """
-
-    data: DataSet
-    output_dir: str | Path
-    options: AnalyzeOptions
-    identity: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +197,7 @@ class Session:
         compare_with_leader(group, f"{name}/asked", job.identity)
         earlier = json.loads(
             group.from_leader(
-                f"{name}/earlier", lambda: json.dumps(_finished_before(job.output_dir, checkpoint))
+                f"{name}/earlier", lambda: json.dumps(finished_before(job.output_dir, checkpoint))
             )
         )
         if earlier is not None:
@@ -374,62 +357,6 @@ def run_analysis(
     return summaries
 
 
-def run_places(
-    data_paths: Sequence[str | Path], output_dir: str | Path
-) -> dict[str | Path, str | Path]:
-    """Data file -> directory of its run: the output directory itself, or one in it for each of several.
-
-    Raises:
-        UserError: two files have the same name, or one that names no directory.
-    """
-    if len(data_paths) == 1:
-        return {data_paths[0]: output_dir}
-    places: dict[str | Path, str | Path] = {
-        path: place_below(output_dir, Path(path).stem) for path in data_paths
-    }
-    if len(set(places.values())) < len(data_paths):
-        raise UserError(
-            "--data_path: two files have the same name, and each run's directory is named after its file"
-        )
-    return places
-
-
-def plan_job(
-    data: DataSet, output_dir: str | Path, options: AnalyzeOptions, *, start: int, limit: int | None
-) -> Job:
-    """A job whose directory is there to be written, or holds this very run.
-
-    Args:
-        data: from `read_examples` with the same `start` and `limit`.
-        output_dir: a path or a URL; made when the job is run.
-        options: with their date, see `date_for`.
-        start: index of the first example.
-        limit: how many examples at most.
-
-    Raises:
-        OutputError: the directory cannot be written or holds another run.
-    """
-    options = with_recorded_choices(options, output_dir)
-    identity = asked_identity(options, start, limit)
-    identity["data"]["sha256"] = data.sha256
-    RunDirectory.check_compatible(output_dir, identity)
-    RunDirectory.probe(output_dir)
-    return Job(data, output_dir, options, identity)
-
-
-def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
-    """What of a run's identity follows from its flags alone.
-
-    What is not given but chosen by the memory at hand is not in it: a run that is there keeps its own.
-    """
-    asked = dataclasses.asdict(options)
-    if options.batch_tokens is None:
-        del asked["batch_tokens"]
-    if options.layerwise == "auto":
-        del asked["layerwise"]
-    return {"data": {"start": start, "limit": limit}, "options": asked, "window": windows.WINDOW}
-
-
 def _say_nothing(line: str) -> None:
     """For processes that do not lead."""
 
@@ -438,20 +365,6 @@ def _say_nothing(line: str) -> None:
 def _program_bytes() -> int:
     # Once a process, before its first weights: the most memory ever had does not shrink with them.
     return resident_bytes()
-
-
-def _finished_before(output_dir: str | Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The counts of the finished run in `output_dir`, if it is whole and made from these very model files.
-
-    The options were compared before. Files of the same names, sizes and times are taken for the same:
-    the alternative is to read the whole model only to say that there is nothing to do.
-    """
-    run = load_run(output_dir)
-    if run is None or not run["finished"]:
-        return None
-    files = {name: list(stat) for name, stat in checkpoint.files.items()}
-    same = run["sessions"][-1]["info"].get("model_files") == files
-    return run["counts"] if same and is_whole(output_dir) else None
 
 
 def _write_jsonl(

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxgrad.batches import MAX_SHAPES, Batch, BatchShape, batch_arrays, count_shapes
 from jaxgrad.examples import Fields, read_examples
+from jaxgrad.jobs import run_places
 from jaxgrad.memory import (
     BatchChoice,
     DiskPrediction,
@@ -18,7 +19,7 @@ from jaxgrad.memory import (
     predict_disk,
 )
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.pipeline import Session, run_places
+from jaxgrad.pipeline import Session
 from jaxgrad.planning import (
     date_for,
     fit_batches,

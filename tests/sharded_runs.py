@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 import jaxgrad
-from jaxgrad import UserError, pipeline
+from jaxgrad import UserError, pipeline, windows
 from jaxgrad.batches import BatchArrays, BatchShape
 from jaxgrad.gradients import ExampleArrays, select_parameters
 from jaxgrad.measure_sharded import measure_batch_on
@@ -318,16 +318,16 @@ def moved(directory):
         return json.loads((directory / name / "run.json").read_text())
 
     undisturbed = run("one", "1x1")
-    original = pipeline.measured
+    original = windows.measured
 
-    def interrupted(*arguments):
-        yield next(original(*arguments))
+    def interrupted(*arguments, **options):
+        yield next(original(*arguments, **options))
         raise KeyboardInterrupt
 
-    pipeline.measured = interrupted
+    windows.measured = interrupted
     with contextlib.suppress(KeyboardInterrupt):
         run("moved", "2x3")
-    pipeline.measured = original
+    windows.measured = original
     continued = run("moved", "4x1")
     assert continued["identity"] == undisturbed["identity"]
     ours, theirs = (jaxgrad.read_results(directory / name).matrices for name in ("moved", "one"))

@@ -10,9 +10,9 @@ from huggingface_hub import try_to_load_from_cache
 
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.examples import DataSet, read_examples
+from jaxgrad.jobs import asked_identity
 from jaxgrad.models.places import local_place
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.pipeline import asked_identity
 from jaxgrad.planning import date_for, recorded_date
 from jaxgrad.report.cells import Role, file_stem
 from jaxgrad.results import RunDirectory

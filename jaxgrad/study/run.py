@@ -9,7 +9,8 @@ import jax
 
 from jaxgrad.cluster import find_place
 from jaxgrad.errors import OutputError, UserError
-from jaxgrad.pipeline import Session, plan_job
+from jaxgrad.jobs import plan_job
+from jaxgrad.pipeline import Session
 from jaxgrad.program import is_out_of_memory
 from jaxgrad.report.cells import Role, read_cell
 from jaxgrad.results import RunDirectory
