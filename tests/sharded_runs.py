@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 import jaxgrad
-from jaxgrad import UserError, pipeline, windows
+from jaxgrad import UserError, windows
 from jaxgrad.batches import BatchArrays, BatchShape
 from jaxgrad.gradients import ExampleArrays, select_parameters
 from jaxgrad.measure_sharded import measure_batch_on
