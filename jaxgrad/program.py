@@ -8,7 +8,6 @@ batches of its shape.
 """
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,14 @@ from jaxgrad.measure_sharded import measure_batch_on
 from jaxgrad.memory import batches_in_flight
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
-from jaxgrad.sharding import DATA, ONE_DEVICE, MeshShape, parameter_shardings, shape_of
+from jaxgrad.sharding import (
+    DATA,
+    ONE_DEVICE,
+    MeshShape,
+    bytes_on_a_device,
+    parameter_shardings,
+    shape_of,
+)
 from jaxgrad.spectra import Statistics
 
 
@@ -190,7 +196,7 @@ class Programs:
                 if not is_out_of_memory(error):
                     raise
             self._halve(shape)
-        weights = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._state))
+        weights = sum(bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._state))
         # A backend without the account has no work space to tell.
         work = stats.temp_size_in_bytes + stats.output_size_in_bytes if stats is not None else 0
         return MemoryPlan(weights, work, shape, self.mesh_shape)
@@ -270,11 +276,6 @@ def _placed(state: nnx.State, config: DecoderConfig, mesh: Mesh) -> nnx.State:
         for name, value in shapes.items()
     }
     return with_parameters(state, placed)
-
-
-def _bytes_on_a_device(leaf: Any) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _parts(arrays: BatchArrays, num_rows: int) -> list[BatchArrays]:

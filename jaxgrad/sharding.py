@@ -206,3 +206,9 @@ def device_sizes(
         name: math.prod(shape) // (num_model if MODEL in specs[name] else 1)
         for name, shape in shapes.items()
     }
+
+
+def bytes_on_a_device(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array, or of one that is yet to be made, on one of its devices."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize

@@ -209,7 +209,7 @@ def test_what_an_interrupted_conversion_left_is_replaced(source, tmp_path, monke
 def test_a_full_disk_is_told_before_anything_is_read(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(fill, "_write", None)
+    monkeypatch.setattr(fill, "read_parts", None)
     assert "has 0.00 GB free, the checkpoint needs 0.07 GB" in refusal(source, tmp_path / "d")
 
 

@@ -173,6 +173,6 @@ def test_disk_is_predicted_within_20_percent_of_a_table_of_random_numbers(change
     written = sum(len(schema.parquet_bytes(table)) for table in tables)
     predicted = predict_disk(settings, config, [(num_tokens, 0)] * 64, window=256)
     assert predicted.parquet == pytest.approx(written, rel=0.2)
-    journal = sum(len(schema.encode_batch([result])) for result in results)
+    journal = sum(len(schema.encode_batch([result], "key")) for result in results)
     assert predicted.journal == pytest.approx(journal, rel=0.25)
     assert predicted.total == predicted.parquet + predicted.journal

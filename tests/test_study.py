@@ -286,7 +286,7 @@ def test_weights_that_cannot_be_read_are_tried_once_more_and_cost_their_model(
 ):
     tried = []
 
-    def load(self, dtype, *, progress=False):
+    def load(self, dtype, *, mesh=None, progress=False):
         tried.append(self.name)
         raise UserError("the weights are damaged")
 

@@ -20,7 +20,7 @@ from jaxgrad.models.places import resolve_model
 from jaxgrad.models.saved import SavedDecoder
 from jaxgrad.models.sources import SafetensorsDirectory, WeightSource, read_model_config
 from jaxgrad.models.tokenizer import tokenizer_from_directory
-from jaxgrad.sharding import check_mesh, make_mesh, parse_mesh
+from jaxgrad.sharding import bytes_on_a_device, check_mesh, make_mesh, parse_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,7 @@ class LoadedModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights on the device, on a mesh on each of its devices."""
-        leaves = jax.tree.leaves(self.state)
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        return sum(bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self.state))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,8 @@ def local_place(model_path: str | None) -> ModelPlace | None:
         path = Path(model_path).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, ~nobody
-        raise UserError(f"--model_path {model_path!r} is not a path ({error})") from error
+        told = getattr(error, "strerror", None) or error
+        raise UserError(f"--model_path {model_path!r} is not a path ({told})") from error
     if is_directory or (is_file and path.suffix == ".gguf"):
         return ModelPlace(model_path, path)
     if is_file:
