@@ -190,6 +190,7 @@ class Session:
             Stopped: the process was asked to stop, see `stopping`.
         """
         stopping.raise_if_requested()
+        stopping.note_start()
         group, checkpoint, options = self._group, self.checkpoint, job.options
         name = group.begin_run()
         if not group.leads:

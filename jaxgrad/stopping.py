@@ -72,6 +72,12 @@ def raise_if_requested() -> None:
         raise Stopped(line())
 
 
+def note_start() -> None:
+    """A run begins: what is told of progress is no longer an earlier run's."""
+    global _told
+    _told = _NOTHING
+
+
 def note_progress(done: int, total: int) -> None:
     """What a process tells that ends at once."""
     global _told
@@ -104,9 +110,8 @@ def at_once_by(action: Callable[[], None] | None) -> None:
 
 def forget() -> None:
     """As if nothing had been asked for: for a process that goes on after a `Stopped`."""
-    global _told
     _requested.clear()
-    _told = _NOTHING
+    note_start()
 
 
 def catch_sigterm() -> None:

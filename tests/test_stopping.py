@@ -45,6 +45,13 @@ def test_a_request_waits_for_batches_and_ends_everything_else_at_once():
     assert ended == [True]
 
 
+def test_a_second_run_does_not_tell_of_the_first_one_s_progress():
+    stopping.note_progress(6, 6)
+    assert "6 of 6 examples are done" in stopping.line()
+    stopping.note_start()
+    assert "no batch was begun" in stopping.line()
+
+
 def test_a_stopped_stream_gives_what_was_in_flight_and_begins_nothing(monkeypatch):
     """Whatever the moment, the results are the first ones of the plan and all that was begun."""
     monkeypatch.setattr(stream, "batches_in_flight", lambda _: 2)
