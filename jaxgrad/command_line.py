@@ -83,7 +83,14 @@ def run(
         sys.__unraisablehook__(failure)
 
     sys.unraisablehook = unraisable
-    app.run(guarded, flags_parser=parse)
+    try:
+        app.run(guarded, flags_parser=parse)
+    except SystemExit as ended:
+        if stopping.threads_stay() and isinstance(ended.code, int | None):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code or 0)
+        raise
     raise AssertionError("app.run always exits")
 
 

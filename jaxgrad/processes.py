@@ -177,6 +177,7 @@ class _Joined(Group):
                 "before it was started anew: end all processes, then start them with the same command"
             )
         self._phase = "running"
+        stopping.keep_threads()
         stopping.at_once_by(self._stop_at_once)
         for watch in (self._watch_notes, self._watch_members):
             threading.Thread(target=self._watch, args=(watch,), daemon=True).start()

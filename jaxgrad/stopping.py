@@ -21,6 +21,7 @@ _requested = threading.Event()
 _lock = threading.Lock()
 _in_flight = 0
 _told = _NOTHING = "no batch was begun"
+_threads_stay = False
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
@@ -112,6 +113,21 @@ def forget() -> None:
     """As if nothing had been asked for: for a process that goes on after a `Stopped`."""
     _requested.clear()
     note_start()
+
+
+def keep_threads() -> None:
+    """Tell that threads of this process may be inside JAX's C++ code when it ends.
+
+    Python's own ending takes such a thread away where C++ does not let it go, and the process aborts
+    after all its work is done. So the binaries end by `os._exit` then.
+    """
+    global _threads_stay
+    _threads_stay = True
+
+
+def threads_stay() -> bool:
+    """Whether `keep_threads` was called."""
+    return _threads_stay
 
 
 def catch_sigterm() -> None:
