@@ -1,5 +1,7 @@
 """Statistics against values that are known by construction, for every algorithm."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from jaxgrad.spectra.linalg import (
     symmetric_eigenvalues,
     triangular_factor,
 )
+from jaxgrad.spectra.products import congruent, gram_matrix
+from jaxgrad.spectra.statistics import scale_to_one
 
 ALGORITHMS = ("qr", "gram", "build", "build_gram")
 # Between two correct float32 programs (spectra.md): 1e-5 on the norms, 1e-4 on the effective rank.
@@ -218,17 +222,18 @@ def test_choice_of_algorithm(shape, backend, method, expected):
 
 
 @pytest.mark.parametrize(
-    ("call", "primitives"),
+    ("call", "primitives", "num_rows"),
     [
-        (triangular_factor, ("geqrf", "qr")),
-        (singular_values, ("svd",)),
-        (symmetric_eigenvalues, ("eigh", "ffi_call")),
-        (cholesky_factor, ("cholesky",)),
+        (triangular_factor, ("geqrf", "qr"), 5),
+        (singular_values, ("svd",), 5),
+        (symmetric_eigenvalues, ("eigh", "ffi_call"), 5),
+        (symmetric_eigenvalues, ("tridiagonal", "ffi_call"), linalg.TRIDIAGONAL_ROWS),
+        (cholesky_factor, ("cholesky",), 5),
     ],
 )
-def test_lapack_calls_are_never_batched_on_the_cpu(call, primitives):
+def test_lapack_calls_are_never_batched_on_the_cpu(call, primitives, num_rows):
     """A batched LAPACK call can deadlock in the jaxlib that Python 3.11 gets (jax#36927)."""
-    batch = jnp.stack([jnp.eye(5, dtype=jnp.float32)] * 3)
+    batch = jnp.stack([jnp.eye(num_rows, dtype=jnp.float32)] * 3)
     nested = jnp.stack([batch] * 2)
     jaxpr = jax.make_jaxpr(jax.vmap(jax.vmap(call)))(nested)
     ranks = _operand_ranks(jaxpr.jaxpr, primitives)
@@ -237,16 +242,50 @@ def test_lapack_calls_are_never_batched_on_the_cpu(call, primitives):
     np.testing.assert_array_equal(jax.vmap(jax.vmap(call))(nested), expected)
 
 
-def test_eigenvalues_are_the_same_without_the_private_call(monkeypatch):
+@pytest.mark.parametrize("num_rows", [31, linalg.TRIDIAGONAL_ROWS + 1])
+def test_eigenvalues_are_the_same_without_the_private_call(monkeypatch, num_rows):
     """jaxlib's own name may go: then `eigvalsh` stands in."""
     rng = np.random.default_rng(7)
-    matrix = rng.standard_normal((31, 31))
+    matrix = rng.standard_normal((num_rows, num_rows))
     matrix = jnp.asarray(matrix @ matrix.T)
     assert linalg._has_values_only()
     quick = symmetric_eigenvalues(matrix)
     monkeypatch.setattr(linalg, "_has_values_only", lambda: False)
-    np.testing.assert_allclose(symmetric_eigenvalues(matrix), quick, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(np.linalg.eigvalsh(matrix), quick, rtol=1e-12, atol=1e-12)
+    atol = 1e-14 * float(
+        quick[-1]
+    )  # a few roundings of the largest, of which the smallest are made
+    np.testing.assert_allclose(symmetric_eigenvalues(matrix), quick, rtol=1e-12, atol=atol)
+    np.testing.assert_allclose(np.linalg.eigvalsh(matrix), quick, rtol=1e-12, atol=atol)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 111, 224, 337, 450])
+def test_products_by_strips_are_the_plain_products(num_rows):
+    """As far as float64 goes, for rows of every size, alone and in a batch."""
+    rng = np.random.default_rng(num_rows)
+    rows = rng.standard_normal((2, num_rows, 37)) * np.geomspace(1e-6, 1, num_rows)[:, None]
+    lower = np.tril(rng.standard_normal((2, num_rows, num_rows)))
+    gram = rows @ rows.swapaxes(1, 2)
+    both = lower.swapaxes(1, 2) @ gram @ lower
+    for call, operands, exact in ((gram_matrix, (rows,), gram), (congruent, (lower, gram), both)):
+        operands = [jnp.asarray(operand) for operand in operands]
+        close = functools.partial(
+            np.testing.assert_allclose, rtol=0, atol=1e-13 * np.abs(exact).max()
+        )
+        close(jax.vmap(call)(*operands), exact)
+        close(call(*(operand[1] for operand in operands)), exact[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scaling_is_exact_from_the_smallest_normal_number_to_the_largest(dtype):
+    limits = np.finfo(dtype)
+    for largest in (limits.tiny, 3e-20, 1.0, 6e20, limits.max):
+        array = (np.array([1.0, -0.3, 1e-4, 0.0]) * largest).astype(dtype)
+        scaled, exponent = jax.tree.map(np.asarray, scale_to_one(jnp.asarray(array)))
+        assert 0.5 <= np.abs(scaled).max() < 1
+        normal = np.abs(array) >= limits.tiny
+        np.testing.assert_array_equal(np.ldexp(scaled, exponent)[normal], array[normal])
+        given, same = scale_to_one(jnp.asarray(array), jnp.max(jnp.abs(jnp.asarray(array))))
+        assert (np.asarray(given) == scaled).all() and same == exponent
 
 
 def _operand_ranks(jaxpr, primitives):

