@@ -61,6 +61,20 @@ def define_timing_flags(*, repeats: int) -> FlagGroup:
     return FlagGroup("Timing", ("repeats",))
 
 
+def define_in_flight_flag(what: str) -> None:
+    """`--in_flight`: how many of `what` run at the same time."""
+    flags.DEFINE_integer(
+        "in_flight", None, f"{what} at the same time. Not given: as many as a run has batches.", 1
+    )
+
+
+def num_in_flight() -> int:
+    """As asked, or as a run has batches on this backend."""
+    from jaxgrad.memory import batches_in_flight
+
+    return flags.FLAGS.in_flight or batches_in_flight()
+
+
 def define_dtype_flag() -> FlagGroup:
     """Of the model, on both sides."""
     flags.DEFINE_enum(

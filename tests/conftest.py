@@ -18,3 +18,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: set JAXGRAD_SHARED to the shared data")
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A run of `result_runs` that nothing disturbed."""
+    from result_runs import complete
+
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    complete(path)
+    return path
+
+
+@pytest.fixture
+def unsynced():
+    """No waiting for the disk, where its caches cannot matter."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: None)
+        yield

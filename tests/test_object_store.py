@@ -66,7 +66,7 @@ def test_a_run_in_s3(bucket, tmp_path, caplog):
             RunDirectory.open(other, {}, {})
         with pytest.raises(FileExistsError):
             Lease(files, "bucket/runs/b/lock.json", other)._create()
-        run.update({"x": 1})
+        run.finish({"x": 1})
     files.invalidate_cache()
     assert files.ls("bucket/runs/b") == ["bucket/runs/b/run.json"]
     with pytest.raises(OutputError, match=r"Cannot write s3://none/x/lock\.json: .*bucket"):

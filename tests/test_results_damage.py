@@ -26,22 +26,8 @@ from jaxgrad.errors import OutputError, UserError
 from jaxgrad.results import RunDirectory, iter_results, read_results
 from jaxgrad.results.layout import is_whole, run_bytes
 
+pytestmark = pytest.mark.usefixtures("unsynced")
 OTHER = IDENTITY | {"protocol": "clean"}
-
-
-@pytest.fixture(autouse=True)
-def unsynced():
-    """No waiting for the disk, where its caches cannot matter."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda _: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("undisturbed") / "run"
-    complete(path)
-    return path
 
 
 @pytest.fixture(scope="module")

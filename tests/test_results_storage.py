@@ -48,13 +48,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(lease_module, "SETTLE_SECONDS", 0.0)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("undisturbed") / "run"
-    complete(path)
-    return path
-
-
 def files_of(url: str) -> MemoryFileSystem:
     return fsspec.filesystem("memory")
 
@@ -169,7 +162,7 @@ def test_a_second_owner_is_refused(url, quick):
     for _ in range(2):
         with pytest.raises(OutputError, match=rf"process {os.getpid()} on .* is writing {url}\."):
             RunDirectory.open(url, {"a": 1}, {})
-    run.update({"x": 1})
+    run.write_batch(0, 0, [])
     run.close()
     run.close()
     # A run that failed in a notebook can be opened again there, also when nobody closed it.
@@ -260,7 +253,7 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(url, monkeypatch):
     while True:
         assert time.monotonic() < deadline
         try:
-            run.update({"x": 1})
+            run.write_batch(0, 0, [])
         except OutputError as error:
             assert "process 7 on elsewhere" in str(error) and "took over" in str(error)
             break

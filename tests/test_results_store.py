@@ -38,21 +38,6 @@ from jaxgrad.results import (
 from jaxgrad.results.files import temporary_path
 
 
-@pytest.fixture
-def unsynced():
-    """No waiting for the disk, where its caches cannot matter."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda _: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("undisturbed") / "run"
-    complete(path)
-    return path
-
-
 def test_schemas_are_the_public_interface():
     assert {field.name: str(field.type) for field in EXAMPLES_SCHEMA} == {
         "example_index": "int64", "example_id": "string", "num_tokens": "int32",
@@ -153,7 +138,7 @@ def test_a_finished_run_is_not_touched(undisturbed):
     run = RunDirectory.open(undisturbed, IDENTITY, {"version": "9"})
     assert run.finished and run.window_done(1) and run.batch_done(1, 1)
     RunDirectory.probe(undisturbed)
-    for write in (lambda: run.write_batch(1, 0, []), lambda: run.update({})):
+    for write in (lambda: run.write_batch(1, 0, []), lambda: run.finish({})):
         with pytest.raises(ValueError, match="finished"):
             write()
     assert times() == before
@@ -391,4 +376,4 @@ def test_a_kill_or_a_full_disk_at_every_step(
         assert (run["identity"], run["counts"], run["windows"]) == (IDENTITY, COUNTS, 2)
         # Only the batch in flight is computed again, and `computed` has it after it is recorded.
         assert len(computed) == len(set(computed))
-    assert k >= {"replace": 15, "fsync": 30, "unlink": 5, "mkdir": 5, "rmdir": 1}[step]
+    assert k >= {"replace": 13, "fsync": 26, "unlink": 5, "mkdir": 5, "rmdir": 1}[step]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrad.device_sizes import projection_sizes
 from jaxgrad.gradients import Selection, parameter_names
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import PROJECTIONS
@@ -42,7 +43,7 @@ def example_results(
         selection: which layers the L are.
         config: the model, for the sizes of its matrices.
     """
-    sizes = _matrix_sizes(config)
+    sizes = projection_sizes(config)
     # (sort key, projection, its position along L); sorted, they are in the order of the forward pass.
     places = [
         (name == "lm_head", layer, order, name, position)
@@ -127,22 +128,6 @@ def _first_not_finite(
         overflown = weights[bad["statistics"][0]]
         where = f"in the statistics, which overflow, of the finite factors of {overflown}"
     return f"{told}; first not finite {where}"
-
-
-def _matrix_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Projection -> (outputs, inputs)."""
-    attention = config.num_heads * config.head_size
-    kv = config.num_kv_heads * config.head_size
-    return {
-        "q": (attention, config.width),
-        "k": (kv, config.width),
-        "v": (kv, config.width),
-        "o": (config.width, attention),
-        "gate": (config.mlp_width, config.width),
-        "up": (config.mlp_width, config.width),
-        "down": (config.width, config.mlp_width),
-        "lm_head": (config.vocab_size, config.width),
-    }
 
 
 def _result(

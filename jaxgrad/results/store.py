@@ -242,11 +242,6 @@ class RunDirectory:
             self._storage.write(layout.checksum_name(window), checksums)
         self._storage.remove(layout.batch_name(*key) for key in journal)
 
-    def update(self, counts: dict[str, Any]) -> None:
-        """Notes the counts of a run that is not finished."""
-        self._refuse_when_finished()
-        self._write_run({**self.run, "counts": counts})
-
     def finish(self, counts: dict[str, Any]) -> None:
         """Marks the run as finished; the mark is the last thing written.
 

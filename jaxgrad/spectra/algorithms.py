@@ -26,8 +26,8 @@ from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix
 
 Algorithm = Literal["qr", "gram", "build", "build_gram"]
 
-# Where the float64 Gram matrix beats a float32 QR on a CPU: from this width on (2 to 4 times at 2048 and
-# 4096), and up to so many tokens (1.2 times at 160 and 192; the QR is 1.2 times faster at 256).
+# Where the float64 Gram matrix beats a float32 QR on a CPU: from this width on (1.1 to 1.2 times at 1536
+# and 4096 with 256 tokens), and up to so many tokens (1.05 times at 192; the QR is 1.15 times faster at 256).
 CPU_GRAM_WIDTH = 1024
 CPU_GRAM_TOKENS = 224
 
@@ -56,15 +56,13 @@ def choose_algorithm(
     gram_is_faster = num_in >= CPU_GRAM_WIDTH or num_tokens <= CPU_GRAM_TOKENS
     prefers_gram = backend == "gpu" or (backend == "cpu" and gram_is_faster)
     prefers_gram = prefers_gram and not is_float64
-    short, long = sorted((num_out, num_in))
-    if method == "factored" or num_tokens <= short:
+    if method == "factored" or num_tokens <= min(num_out, num_in):
         return "gram" if prefers_gram else "qr"
     if is_float64 or backend == "tpu":
         return "build"
-    # Values of a built float32 matrix are noise where many tokens repeat (2e-4 on the effective rank), so
-    # here there are a QR or float64; the latter pays when the long side is much longer, or the rows are.
-    gram_pays = backend == "gpu" or long >= 3 * short or num_tokens >= 2 * short
-    return "build_gram" if gram_pays else "qr"
+    # A float32 SVD of the built matrix would be faster still, but its smallest values are noise where many
+    # tokens repeat (2e-4 on the effective rank).
+    return "build_gram"
 
 
 def prepare_input(input_TI: jax.Array, algorithm: Algorithm) -> jax.Array:
