@@ -27,7 +27,7 @@ from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix
 Algorithm = Literal["qr", "gram", "build", "build_gram"]
 
 # Where the float64 Gram matrix beats a float32 QR on a CPU: from this width on (1.1 to 1.2 times at 1536
-# and 4096 with 256 tokens), and up to so many tokens (1.05 times at 192; the QR is 1.15 times faster at 256).
+# and 4096, T = 256), and up to so many tokens (1.05 times at 192; the QR is 1.15 times faster at 256).
 CPU_GRAM_WIDTH = 1024
 CPU_GRAM_TOKENS = 224
 
