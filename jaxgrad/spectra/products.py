@@ -35,10 +35,8 @@ def congruent(lower_NN: jax.Array, symmetric_NN: jax.Array) -> jax.Array:
     ]
     rows = []
     for index, strip in enumerate(strips):
-        reached = [
-            column[strip.start - begun.start :]
-            for column, begun in zip(columns[: index + 1], strips, strict=False)
-        ]
+        begun = zip(columns[: index + 1], strips[: index + 1], strict=True)
+        reached = [column[strip.start - first.start :] for column, first in begun]
         left = lower_NN[strip.start :, strip].T
         rows.append(_product(left, jnp.concatenate(reached, axis=-1)))
     return _mirrored(rows, strips)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgrad.dtypes import at_least_float32
-from jaxgrad.spectra.algorithms import HIGHEST
+from jaxgrad.spectra.products import HIGHEST, gram_matrix
 from jaxgrad.spectra.statistics import scale_to_one
 
 TILE_ROWS = 128  # of each gradient that are held at once
@@ -68,7 +68,7 @@ def matrix_similarities(
         name: jax.vmap(lambda matrix: _unit_size(matrix).reshape(-1))(matrix_LOI)
         for name, matrix_LOI in matrices.items()
     }
-    grams = {name: jnp.matmul(x_LK, x_LK.T, precision=HIGHEST) for name, x_LK in flat.items()}
+    grams = {name: gram_matrix(x_LK) for name, x_LK in flat.items()}
     return _cosines(grams, lambda name, other: jnp.sum(flat[name] * flat[other], axis=1), layers)
 
 
