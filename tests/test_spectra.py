@@ -14,7 +14,7 @@ from jaxgrad.spectra.linalg import (
     symmetric_eigenvalues,
     triangular_factor,
 )
-from jaxgrad.spectra.products import congruent, gram_matrix
+from jaxgrad.spectra.products import congruent, gram_matrix, upper_product
 from jaxgrad.spectra.statistics import scale_to_one
 
 ALGORITHMS = ("qr", "gram", "build", "build_gram")
@@ -266,7 +266,15 @@ def test_products_by_strips_are_the_plain_products(num_rows):
     lower = np.tril(rng.standard_normal((2, num_rows, num_rows)))
     gram = rows @ rows.swapaxes(1, 2)
     both = lower.swapaxes(1, 2) @ gram @ lower
-    for call, operands, exact in ((gram_matrix, (rows,), gram), (congruent, (lower, gram), both)):
+    upper = lower.swapaxes(1, 2)
+    wide = upper[:, : -(-num_rows // 2)]  # R of a factor with fewer features than tokens
+    for call, operands, exact in (
+        (gram_matrix, (rows,), gram),
+        (congruent, (lower, gram), both),
+        (upper_product, (upper, upper[::-1]), upper @ upper[::-1].swapaxes(1, 2)),
+        (upper_product, (wide, upper), wide @ lower),
+        (upper_product, (upper, wide), upper @ wide.swapaxes(1, 2)),
+    ):
         operands = [jnp.asarray(operand) for operand in operands]
         close = functools.partial(
             np.testing.assert_allclose, rtol=0, atol=1e-13 * np.abs(exact).max()

@@ -22,7 +22,7 @@ from jaxgrad.spectra.linalg import (
     symmetric_eigenvalues,
     triangular_factor,
 )
-from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix
+from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix, upper_product
 
 Algorithm = Literal["qr", "gram", "build", "build_gram"]
 
@@ -95,8 +95,7 @@ def factored_values(
         min(O, I); the surplus is rounding noise, which the caller's rank bound removes).
     """
     if algorithm == "qr":
-        factor_grad = triangular_factor(output_grad_TO.T)
-        return singular_values(jnp.einsum("at,bt->ab", factor_grad, prepared, precision=HIGHEST))
+        return singular_values(upper_product(triangular_factor(output_grad_TO.T), prepared))
     if algorithm == "gram":
         return gram_values(congruent(prepared, gram_matrix(output_grad_TO.astype(jnp.float64))))
     if algorithm == "build":
