@@ -160,11 +160,10 @@ def rounded(values: Any, digits: int = 4) -> Any:
 def one_blas_thread() -> Iterator[None]:
     """LAPACK on one thread and float64 on, as in a run (`jaxgrad.program` says why)."""
     import jax
-    from threadpoolctl import ThreadpoolController
 
-    import jaxgrad.program  # noqa: F401 - has OpenBLAS loaded, so that it is found
+    from jaxgrad.program import single_threaded_blas
 
-    with jax.enable_x64(True), ThreadpoolController().limit(limits=1, user_api="blas"):
+    with jax.enable_x64(True), single_threaded_blas():
         yield
 
 

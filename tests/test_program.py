@@ -1,5 +1,8 @@
 """Compiled programs: counted, bounded, and alone on their cores."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +48,7 @@ def blas_threads():
 def test_lapack_of_scipy_runs_on_one_thread_inside_a_measurement():
     assert scipy.linalg is not None
     before = blas_threads()
-    with program._single_threaded_blas():
+    with program.single_threaded_blas():
         threads = blas_threads()
     assert any("scipy" in path for path in threads), threads
     assert set(threads.values()) == {1}
@@ -53,14 +56,35 @@ def test_lapack_of_scipy_runs_on_one_thread_inside_a_measurement():
 
 
 def test_the_limit_holds_until_the_last_of_two_threads_has_left():
+    """In threads that live on: threadpoolctl obeys only the first one that set a limit."""
     before = blas_threads()
-    first, second = program._single_threaded_blas(), program._single_threaded_blas()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert set(blas_threads().values()) == {1}
-    second.__exit__(None, None, None)
-    assert blas_threads() == before
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for _ in range(2):
+            first, second = program.single_threaded_blas(), program.single_threaded_blas()
+            one.submit(first.__enter__).result()
+            assert set(blas_threads().values()) == {1}
+            other.submit(second.__enter__).result()
+            one.submit(first.__exit__, None, None, None).result()
+            assert set(blas_threads().values()) == {1}
+            other.submit(second.__exit__, None, None, None).result()
+            assert blas_threads() == before
+            one, other = other, one
+
+
+def test_a_limit_that_cannot_be_set_is_told(monkeypatch):
+    class Deaf:
+        def limit(self, **_):
+            return contextlib.nullcontext()
+
+        def info(self):
+            return [{"user_api": "blas", "num_threads": 2}]
+
+    monkeypatch.setattr(program, "ThreadpoolController", Deaf)
+    with (
+        pytest.warns(RuntimeWarning, match="keeps several threads"),
+        program.single_threaded_blas(),
+    ):
+        pass
 
 
 def test_a_shape_is_compiled_once_and_counted():
