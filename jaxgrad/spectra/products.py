@@ -45,16 +45,14 @@ def congruent(lower_NN: jax.Array, symmetric_NN: jax.Array) -> jax.Array:
 
 def upper_product(left_MT: jax.Array, right_NT: jax.Array) -> jax.Array:
     """A B^T [M, N], of A and B with zeros left of their diagonals (R of a QR; M, N <= T)."""
-    rows = []
-    for above in _strips(left_MT.shape[-2]):
-        # Both rows are zero before the later of their diagonals.
-        blocks = [
-            _product(left_MT[above, start:], right_NT[beside, start:].T)
-            for beside in _strips(right_NT.shape[-2])
-            for start in (max(above.start, beside.start),)
-        ]
-        rows.append(jnp.concatenate(blocks, axis=1))
-    return jnp.concatenate(rows)
+
+    def block(above: slice, beside: slice) -> jax.Array:
+        start = max(above.start, beside.start)  # before it one of the two rows is zero
+        return _product(left_MT[above, start:], right_NT[beside, start:].T)
+
+    columns = _strips(right_NT.shape[-2])
+    strips = _strips(left_MT.shape[-2])
+    return jnp.block([[block(above, beside) for beside in columns] for above in strips])
 
 
 def _product(left_MK: jax.Array, right_KN: jax.Array) -> jax.Array:
