@@ -70,7 +70,7 @@ def define_in_flight_flag(what: str) -> None:
 
 def num_in_flight() -> int:
     """As asked, or as a run has batches on this backend."""
-    from jaxgrad.memory import batches_in_flight
+    from jaxgrad.measure.memory import batches_in_flight
 
     return flags.FLAGS.in_flight or batches_in_flight()
 
@@ -158,10 +158,10 @@ def rounded(values: Any, digits: int = 4) -> Any:
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """LAPACK on one thread and float64 on, as in a run (`jaxgrad.program` says why)."""
+    """LAPACK on one thread and float64 on, as in a run (`jaxgrad.measure.programs` says why)."""
     import jax
 
-    from jaxgrad.program import single_threaded_blas
+    from jaxgrad.measure.blas import single_threaded_blas
 
     with jax.enable_x64(True), single_threaded_blas():
         yield
@@ -215,7 +215,7 @@ def print_json(benchmark: str, **content: Any) -> None:
     """The last line: what was measured, where, with what."""
     import jax
 
-    from jaxgrad.run_info import commit
+    from jaxgrad.results.provenance import commit
 
     versions = {}
     for name in PACKAGES:

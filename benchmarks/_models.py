@@ -13,7 +13,7 @@ from _common import counts, torch_device
 from absl import flags
 
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Example, Message, read_examples
+from jaxgrad.data.examples import Example, Message, read_examples
 
 # From the config.json of each; what is not here has its family's default.
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
@@ -143,7 +143,7 @@ def cases(*, with_torch: bool) -> Iterator[Case]:
 
 
 def _file_cases(device: str | None) -> Iterator[Case]:
-    from jaxgrad.models import load_model
+    from jaxgrad.checkpoints import load_model
     from jaxgrad.models.decoder import num_parameters
 
     values = flags.FLAGS
@@ -203,8 +203,8 @@ def random_models(
     from jaxgrad.dtypes import DTYPES
     from jaxgrad.models.decoder import num_parameters
     from jaxgrad.models.families import read_config
-    from jaxgrad.models.fill import CanonicalSource, fill_decoder
-    from jaxgrad.models.load import LoadedModel
+    from jaxgrad.checkpoints.fill import CanonicalSource, fill_decoder
+    from jaxgrad.checkpoints.load import LoadedModel
 
     raw = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
     family, config = read_config(raw, name)
@@ -254,7 +254,7 @@ def _random_torch_model(raw: dict[str, Any], dtype: str, device: str) -> Any:
 
 
 class _TorchSource:
-    """A PyTorch model's weights, as `jaxgrad.models.fill` reads them."""
+    """A PyTorch model's weights, as `jaxgrad.checkpoints.fill` reads them."""
 
     def __init__(self, where: str, model: Any) -> None:
         self.where = where

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,19 +19,11 @@ def use_project_environment() -> None:
     sys.exit("error: jaxgrad is not installed here: run bin/demo once, or `pip install .`")
 
 
-def use_huge_pages() -> None:
-    """Go on with glibc's allocator on huge pages, which it reads at the start of a process alone.
+def run_command(name: str) -> NoReturn:
+    """`jaxgrad NAME`, for the script bin/NAME."""
+    use_project_environment()
+    from jaxgrad import commands
+    from jaxgrad.commands.huge_pages import restart_with_huge_pages
 
-    XLA takes new memory for every batch and reads all weights twice: with pages of 4 KB a fifth of the
-    time of a short example goes into page faults and look-ups (BUILD_NOTES.md). Other systems ignore it.
-    Nothing happens where this is imported into another program, which a new start would lose.
-    """
-    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    is_ours = main.resolve().parent in (ROOT / "bin", ROOT / "benchmarks")
-    if is_ours and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-use_project_environment()
-use_huge_pages()
+    restart_with_huge_pages()
+    sys.exit(commands.run_command(name, sys.argv[1:], f"bin/{name}"))

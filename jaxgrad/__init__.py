@@ -18,24 +18,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxgrad.analysis import mean_curves, summary_table
+    from jaxgrad.checkpoints import load_model
+    from jaxgrad.data.examples import Example, read_examples
     from jaxgrad.errors import UserError
-    from jaxgrad.examples import Example, read_examples
-    from jaxgrad.models import load_model
     from jaxgrad.options import AnalyzeOptions
     from jaxgrad.pipeline import analyze, run_analysis
-    from jaxgrad.preflight import dry_run
     from jaxgrad.results import read_results
+    from jaxgrad.runs.dry_run import dry_run
 
 # Resolved at first use, so that reading results or a --help does not wait for JAX.
 _HOME = {
     "AnalyzeOptions": "jaxgrad.options",
-    "Example": "jaxgrad.examples",
+    "Example": "jaxgrad.data.examples",
     "UserError": "jaxgrad.errors",
     "analyze": "jaxgrad.pipeline",
-    "dry_run": "jaxgrad.preflight",
-    "load_model": "jaxgrad.models",
+    "dry_run": "jaxgrad.runs.dry_run",
+    "load_model": "jaxgrad.checkpoints",
     "mean_curves": "jaxgrad.analysis",
-    "read_examples": "jaxgrad.examples",
+    "read_examples": "jaxgrad.data.examples",
     "read_results": "jaxgrad.results",
     "run_analysis": "jaxgrad.pipeline",
     "summary_table": "jaxgrad.analysis",

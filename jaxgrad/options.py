@@ -1,19 +1,59 @@
-"""What to measure and how: everything that a run's numbers depend on besides its model and data."""
+"""What to measure and how: everything that a run's numbers depend on besides its model and data.
+
+The lists of choices stand here alone. Nothing here imports JAX, so that --help and bad flags do not wait
+for it.
+"""
 
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jax
+from jaxgrad.data.chat_template import uses_chat
+from jaxgrad.data.tokens import Protocol, ProtocolName, read_date
 
-from jaxgrad.errors import UserError
-from jaxgrad.gradients import select_parameters
-from jaxgrad.models import DecoderConfig
-from jaxgrad.reduction import MeasureSettings, Method
-from jaxgrad.tokens import Protocol, read_date, uses_chat
+if TYPE_CHECKING:
+    from jaxgrad.gradients.selection import Selection
 
-# Padded tokens of a batch. On a CPU short examples share the reading of the weights; from 512 tokens on
-# more rows gain nothing (BUILD_NOTES.md).
-DEFAULT_BATCH_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
+Method = Literal["auto", "factored", "dense"]
+Precision = Literal["highest", "high", "default"]
+Choice = Literal["auto", "yes", "no"]
+DtypeName = Literal["float32", "bfloat16", "float64"]
+METHODS: tuple[str, ...] = get_args(Method)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+CHOICES: tuple[str, ...] = get_args(Choice)
+DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
+PROTOCOL_NAMES: tuple[str, ...] = get_args(ProtocolName)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured of an example, and how; static under jit.
+
+    Attributes:
+        selection: which weights.
+        loss: whose gradient is taken, a name in `gradients.loss.LOSSES`.
+        method: "auto" (by factors or from the built matrix, whichever is cheaper, decided for each
+            projection), "factored" (always by factors), "dense" (the weights' own gradients and SVDs).
+        spectrum: keep the singular values.
+        extremes: find the largest and smallest entry.
+        similarity: take the cosines between the gradients of layers, and of partners in a layer.
+        layerwise: reduce each layer inside the backward pass (see `measure.layerwise`): memory for one
+            layer's factors, for a second forward pass; not with `similarity` or "dense".
+        precision: of matrix products in the model.
+    """
+
+    selection: "Selection"
+    loss: str = "response_mean"
+    method: Method = "auto"
+    spectrum: bool = False
+    extremes: bool = False
+    similarity: bool = False
+    layerwise: bool = False
+    precision: Precision = "highest"
+
+    @property
+    def can_be_layerwise(self) -> bool:
+        """Whether a layer's factors may be forgotten before the next layer's are there."""
+        return not self.similarity and self.method != "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,29 +61,30 @@ class AnalyzeOptions:
     """What to measure and how; every field stands behind a flag of `bin/analyze`.
 
     Attributes:
-        protocol: "paper" (the authors', to compare with) or "clean" (see `tokens`).
+        protocol: "paper" (the authors', to compare with) or "clean" (see `data.tokens`).
         chat: whether the chat template is used; "auto" means where the tokenizer has one.
         parameters: "attention", "mlp", "all", or a regular expression on the weights' names.
-        layerwise: reduce each layer inside the backward pass, with memory for one layer's factors and
-            a second forward pass; "auto" where the memory is too small otherwise.
+        layerwise: "auto" means where the memory is too small otherwise; see `MeasureSettings`.
         batch_tokens: padded tokens of a batch; None for the backend's default.
         date: YYYY-MM-DD, the day that chat templates print which ask for one; None for today, or for
             the day of the run that is continued.
+        loss: whose gradient is taken; see `MeasureSettings`.
     """
 
-    protocol: Literal["paper", "clean"] = "paper"
-    chat: Literal["auto", "yes", "no"] = "auto"
+    protocol: ProtocolName = "paper"
+    chat: Choice = "auto"
     max_length: int = 1024
     parameters: str = "attention"
     method: Method = "auto"
     spectrum: bool = False
     extremes: bool = False
     similarity: bool = False
-    layerwise: Literal["auto", "yes", "no"] = "auto"
+    layerwise: Choice = "auto"
     batch_tokens: int | None = None
-    dtype: str = "float32"
-    precision: str = "highest"
+    dtype: DtypeName = "float32"
+    precision: Precision = "highest"
     date: str | None = None
+    loss: str = "response_mean"
 
     def protocol_for(self, tokenizer: Any) -> Protocol:
         """How this tokenizer's examples become tokens.
@@ -55,32 +96,18 @@ class AnalyzeOptions:
         date = None if self.date is None else read_date(self.date)
         return Protocol(self.protocol, chat, self.max_length, date)
 
-    def settings_for(self, config: DecoderConfig) -> MeasureSettings:
-        """What is measured of this model.
+    def identity(self) -> dict[str, Any]:
+        """The options as a run's identity has them.
 
-        Raises:
-            UserError: `parameters` selects none of its weights, or what is asked for needs all layers
-                at once while `layerwise` is "yes".
+        An option that came after the first finished runs is left out at its default, so that these runs
+        keep their identity.
         """
-        settings = MeasureSettings(
-            selection=select_parameters(config, self.parameters),
-            method=self.method,
-            spectrum=self.spectrum,
-            extremes=self.extremes,
-            similarity=self.similarity,
-            layerwise=self.layerwise == "yes",
-            precision=self.precision,
-        )
-        if settings.layerwise and not settings.can_be_layerwise:
-            raise UserError(
-                "--layerwise=yes does not go with --similarity or --method=dense, which need all layers "
-                "at once; give one or the other"
-            )
-        return settings
+        asked = dataclasses.asdict(self)
+        for name in _LATER_OPTIONS:
+            if asked[name] == getattr(AnalyzeOptions, name):
+                del asked[name]
+        return asked
 
-    @property
-    def tokens_of_a_batch(self) -> int:
-        """`batch_tokens`, or the backend's default."""
-        if self.batch_tokens is not None:
-            return self.batch_tokens
-        return DEFAULT_BATCH_TOKENS[jax.default_backend()]
+
+# Options that the runs of earlier versions do not have.
+_LATER_OPTIONS = ("loss",)

@@ -1,73 +1,28 @@
-"""The one file that wires the stages: examples -> tokens -> model -> gradients -> spectra -> results.
+"""The one file that wires the stages: examples -> plan -> gradients -> columns -> results.
 
-`analyze` is the stream of results in memory; `run_analysis` writes them to a directory, continues an
-interrupted run, and is what `bin/analyze` calls.
+`analyze` is the stream of results in memory. `run_analysis` writes them to a directory and continues an
+interrupted run; `bin/analyze` calls it.
 """
 
 import dataclasses
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from jax.sharding import Mesh
-
-from jaxgrad import stopping, windows
-from jaxgrad.agreement import (
-    compare_with_leader,
-    fit_together,
-    open_together,
-)
-from jaxgrad.batches import MAX_SHAPES, BatchShape, count_shapes
-from jaxgrad.examples import Example, Fields, read_examples
-from jaxgrad.jobs import Job, finished_before, plan_job, run_places
-from jaxgrad.memory import BatchChoice, largest_shape, predict_disk
-from jaxgrad.models import Checkpoint, LoadedModel, open_checkpoint
+from jaxgrad.checkpoints import LoadedModel
+from jaxgrad.data.examples import Example, Fields, read_examples
+from jaxgrad.measure.programs import Programs
+from jaxgrad.measure.rows import skipped_result
+from jaxgrad.measure.stream import measured
+from jaxgrad.models.sharding import ONE_DEVICE, make_mesh, parse_mesh, shape_of
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.planning import (
-    date_for,
-    fit_batches,
-    recorded_date,
-    settle_mesh,
-    tokenize_examples,
-)
-from jaxgrad.processes import ALONE, Group
-from jaxgrad.program import Programs
-from jaxgrad.reduction import MeasureSettings
+from jaxgrad.processes.group import ALONE, Group
 from jaxgrad.results import ExampleResult, iter_results, write_authors_jsonl
 from jaxgrad.results.layout import AUTHORS_FILE
-from jaxgrad.results.rows import skipped_result
 from jaxgrad.results.urls import place_below
-from jaxgrad.run_info import (
-    memory_line,
-    memory_warnings,
-    model_line,
-    resident_bytes,
-    session_info,
-    sizes_on_disk,
-    summary_lines,
-)
-from jaxgrad.sharding import (
-    ONE_DEVICE,
-    MeshShape,
-    make_mesh,
-    parse_mesh,
-    replicated_line,
-    shape_of,
-)
-from jaxgrad.stream import measured
-from jaxgrad.tokens import TokenizedExample, tokens_digest, uses_chat
-from jaxgrad.windows import complete_run, plan_windows
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSummary:
-    """How a run ended: where, how many examples of each status and reason, and what it cost."""
-
-    output_dir: str | Path
-    counts: dict[str, Any]
-    reused: bool
+from jaxgrad.runs.asked import ask_run, date_for, recorded_date, run_directories
+from jaxgrad.runs.plan import RunPlan, plan_run, settings_for
+from jaxgrad.runs.session import RunSummary, Session
 
 
 def analyze(
@@ -93,15 +48,23 @@ def analyze(
     Raises:
         UserError: an option that does not fit the model.
     """
-    options = dataclasses.replace(options, dtype=model.dtype)
-    tokenized = tokenize_examples(model.tokenizer, model.config, examples, options)
-    mesh, loaded = shape_of(model.mesh), model.weight_bytes
-    options, _ = fit_batches(options, model.config, tokenized, loaded=loaded, mesh=mesh)
-    programs = programs or programs_for(model, options)
-    for window in plan_windows(tokenized, options):
+    plan = plan_for(model, examples, options)
+    programs = programs or Programs(model.config, model.dtype, plan.settings, model.mesh)
+    for window in plan.windows:
         yield from (skipped_result(item) for item in window.tokenized if not item.measurable)
         for results in measured(programs, model, [(window.tokenized, b) for b in window.batches]):
             yield from results
+
+
+def plan_for(model: LoadedModel, examples: Sequence[Example], options: AnalyzeOptions) -> RunPlan:
+    """The plan of `analyze`: on the model's devices, in its dtype.
+
+    Raises:
+        UserError: an option that does not fit the model.
+    """
+    options = dataclasses.replace(options, dtype=model.dtype)  # type: ignore[arg-type]
+    mesh = shape_of(model.mesh)
+    return plan_run(model, examples, options, mesh=mesh, loaded=model.weight_bytes)
 
 
 def programs_for(model: LoadedModel, options: AnalyzeOptions) -> Programs:
@@ -110,182 +73,7 @@ def programs_for(model: LoadedModel, options: AnalyzeOptions) -> Programs:
     Raises:
         UserError: `options.parameters` selects none of the model's weights.
     """
-    return Programs(model.config, model.dtype, options.settings_for(model.config), model.mesh)
-
-
-class Session:
-    """One model and one set of options, for one data file after the other.
-
-    The checkpoint is opened, the weights are read and the programs are compiled at their first use and
-    kept, so that the second data file starts at once. In a group each process has a session of its own,
-    which makes the same calls in the same order.
-    """
-
-    def __init__(
-        self,
-        model_path: str | None,
-        options: AnalyzeOptions,
-        *,
-        mesh: str = "auto",
-        progress: bool = False,
-        group: Group = ALONE,
-    ) -> None:
-        self._model_path, self.options, self._progress = model_path, options, progress
-        self._asked_mesh, self._mesh_shape = parse_mesh(mesh), ONE_DEVICE
-        self._group = group
-        self._programs: dict[MeasureSettings, Programs] = {}
-
-    @functools.cached_property
-    def checkpoint(self) -> Checkpoint:
-        """The model on disk, without the values of its weights."""
-        return open_checkpoint(self._model_path)
-
-    @functools.cached_property
-    def mesh(self) -> Mesh | None:
-        """The devices that it runs on; None for one device."""
-        return make_mesh(self._mesh_shape)
-
-    @functools.cached_property
-    def model(self) -> LoadedModel:
-        """The model with its weights."""
-        mesh = self.mesh
-        return self.checkpoint.load(self.options.dtype, mesh=mesh, progress=self._progress)
-
-    def settle_mesh(
-        self, options: AnalyzeOptions, tokenized: Sequence[TokenizedExample]
-    ) -> MeshShape:
-        """The mesh of a job; "auto" is decided by the first one and stays, as the loaded weights do.
-
-        Raises:
-            UserError: the model does not divide by it.
-        """
-        if not {"mesh", "model"} & vars(self).keys():
-            config = self.checkpoint.config
-            self._mesh_shape = settle_mesh(self._asked_mesh, options, config, tokenized)
-        return self._mesh_shape
-
-    def programs_for(self, options: AnalyzeOptions) -> Programs:
-        """The programs of a job, kept for the next ones; a job's memory may have settled `layerwise`."""
-        config = self.checkpoint.config
-        settings = options.settings_for(config)
-        if settings not in self._programs:
-            self._programs[settings] = Programs(config, options.dtype, settings, self.mesh)
-        return self._programs[settings]
-
-    def run(self, job: Job, *, say: Callable[[str], None], progress: bool) -> RunSummary:
-        """Measure a job, or what is left of it; in a group this process's share.
-
-        A finished run that was made from these very model files is reused, and nothing is said; where
-        a part of it is damaged, what that part holds is measured again.
-
-        Args:
-            job: from `plan_job`.
-            say: takes the lines for the user.
-            progress: show a bar on stderr.
-
-        Raises:
-            OutputError: `job.output_dir` cannot be written or holds another run.
-            UserError: the model cannot be loaded, or does not fit the options or the data; or another
-                process of the group was given other inputs.
-            Stopped: the process was asked to stop, see `stopping`.
-        """
-        stopping.raise_if_requested()
-        stopping.note_start()
-        group, checkpoint, options = self._group, self.checkpoint, job.options
-        name = group.begin_run()
-        if not group.leads:
-            say, progress = _say_nothing, False
-        compare_with_leader(group, f"{name}/asked", job.identity)
-        earlier = json.loads(
-            group.from_leader(
-                f"{name}/earlier", lambda: json.dumps(finished_before(job.output_dir, checkpoint))
-            )
-        )
-        if earlier is not None:
-            return RunSummary(job.output_dir, earlier, reused=True)
-        config = checkpoint.config
-        tokenized = tokenize_examples(checkpoint.tokenizer, config, job.data.examples, options)
-        loaded = self.model.weight_bytes if "model" in vars(self) else 0
-        mesh = self.settle_mesh(options, tokenized)
-        options, choice = fit_together(
-            group, f"{name}/choices", options, config, tokenized, loaded=loaded, mesh=mesh
-        )
-        planned = plan_windows(tokenized, options)
-        shapes = count_shapes(batch for window in planned for batch in window.batches)
-        programs = self.programs_for(options)
-        before = programs.tally
-        self._introduce(job, options, choice, tokenized, shapes, mesh, say)
-        identity = job.identity | {
-            "options": job.identity["options"]
-            | {"batch_tokens": options.batch_tokens, "layerwise": options.layerwise},
-            "model": {
-                "weights_sha256": self.model.fingerprint,
-                "config": dataclasses.asdict(checkpoint.config),
-            },
-            "tokens_sha256": tokens_digest(tokenized),
-        }
-        compare_with_leader(group, f"{name}/identity", identity)
-        info = session_info(checkpoint, job.data, mesh, num_processes=group.num_processes)
-        with open_together(group, f"{name}/open", job.output_dir, identity, info) as store:
-            counts = complete_run(
-                store,
-                planned,
-                tokenized,
-                programs,
-                self.model,
-                before=before,
-                say=say if group.leads else group.warn,
-                progress=progress,
-                group=group,
-                name=name,
-            )
-        for line in summary_lines(counts):
-            say(line)
-        places = ", ".join(f"{job.output_dir}/{n}" for n in ("examples", "matrices", "run.json"))
-        say(f"results: {places}")
-        return RunSummary(job.output_dir, counts, reused=False)
-
-    def _introduce(
-        self,
-        job: Job,
-        options: AnalyzeOptions,
-        choice: BatchChoice,
-        tokenized: Sequence[TokenizedExample],
-        shapes: Mapping[BatchShape, int],
-        mesh: MeshShape,
-        say: Callable[[str], None],
-    ) -> None:
-        """Says what will be measured and needed; compiles the largest batch's program."""
-        checkpoint, programs = self.checkpoint, self.programs_for(options)
-        config, settings = checkpoint.config, options.settings_for(checkpoint.config)
-        if shapes:
-            largest = largest_shape(config, options.dtype, settings, shapes, mesh)
-            on_disk = sizes_on_disk(tokenized)
-            disk = predict_disk(
-                settings,
-                config,
-                on_disk,
-                window=windows.WINDOW,
-                examples_a_batch=len(on_disk) / sum(shapes.values()),
-            )
-            needs = programs.memory(largest.shape), largest, disk, choice, _program_bytes()
-            say(memory_line(*needs, layerwise=settings.layerwise))
-            warn = say if self._group.leads else self._group.warn
-            for line in memory_warnings(choice):
-                warn(line)
-        told = replicated_line(config, mesh)
-        if told is not None:
-            say(told)
-        chat = uses_chat(checkpoint.tokenizer, options.chat)
-        several = self._group.num_processes
-        say(
-            f"{model_line(checkpoint, options.dtype)} on {job.data.path}: "
-            f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
-            f"{programs.selection.num_matrices} matrices each, protocol {options.protocol}, "
-            f"{'chat template' if chat else 'plain text'}; "
-            f"{len(shapes)} batch shapes (at most {MAX_SHAPES})"
-            + (f"; {several} processes" if several > 1 else "")
-        )
+    return Programs(model.config, model.dtype, settings_for(options, model.config), model.mesh)
 
 
 def run_analysis(
@@ -316,7 +104,7 @@ def run_analysis(
         fields: the names of a record's fields.
         output_format: "jsonl" also writes the authors' JSONL (which needs the extremes, so measures
             them), next to the Parquet that makes the run resumable.
-        mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `planning.settle_mesh`).
+        mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `runs.plan.settle_mesh`).
             A run may be continued on another one: its numbers are those up to rounding.
         say: takes the lines for the user.
         progress: show a bar on stderr.
@@ -325,47 +113,40 @@ def run_analysis(
 
     Raises:
         UserError: any bad input, in one line, before anything is computed.
-        Stopped: the process was asked to stop, see `stopping`.
+        Stopped: the process was asked to stop, see `processes.stopping`.
     """
     if output_format == "jsonl":
         options = dataclasses.replace(options, extremes=True)
     make_mesh(parse_mesh(mesh) or ONE_DEVICE)  # too few devices are found before the data are read
-    places = run_places(data_paths, output_dir)
-    name = group.begin_run()
+    directories = run_directories(data_paths, output_dir)
+    exchange = group.begin_run()
     if not group.leads:
         say = _say_nothing
-
-    def chosen_date() -> str:
-        return date_for(options, [recorded_date(directory) for directory in places.values()])
-
-    options = dataclasses.replace(options, date=group.from_leader(f"{name}/date", chosen_date))
-    jobs = []
-    for path, directory in places.items():
+    date = exchange.from_leader(
+        lambda: date_for(options, [recorded_date(path) for path in directories.values()])
+    )
+    options = dataclasses.replace(options, date=date)
+    asked_runs = []
+    for path, directory in directories.items():
         data = read_examples(path, start=start, limit=limit, fields=fields)
-        jobs.append(plan_job(data, directory, options, start=start, limit=limit))
-    group.gather(f"{name}/planned", "")  # all have looked before process 0 writes
+        asked_runs.append(ask_run(data, directory, options, start=start, limit=limit))
+    exchange.wait_for_all()  # all have looked before process 0 writes
     session = Session(
         model_path, options, mesh=mesh, progress=progress and group.leads, group=group
     )
     summaries = []
-    for job in jobs:
-        summaries.append(session.run(job, say=say, progress=progress))
+    for asked in asked_runs:
+        summaries.append(session.run(asked, say=say, progress=progress))
         if summaries[-1].reused:
-            say(f"{job.output_dir} holds this run already, finished: nothing to compute")
+            say(f"{asked.output_dir} holds this run already, finished: nothing to compute")
         if output_format == "jsonl" and group.leads:
-            _write_jsonl(job.output_dir, options, say)
-    group.from_leader(f"{name}/done", lambda: "done")  # nobody is before process 0
+            _write_jsonl(asked.output_dir, options, say)
+    exchange.from_leader(lambda: True)  # nobody ends before process 0 is done
     return summaries
 
 
 def _say_nothing(line: str) -> None:
     """For processes that do not lead."""
-
-
-@functools.cache
-def _program_bytes() -> int:
-    # Once a process, before its first weights: the most memory ever had does not shrink with them.
-    return resident_bytes()
 
 
 def _write_jsonl(

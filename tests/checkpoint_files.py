@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxgrad
 from jaxgrad.errors import UserError
-from jaxgrad.models import LoadedModel, open_checkpoint
+from jaxgrad.checkpoints import LoadedModel, open_checkpoint
 from jaxgrad.models.decoder import named_parameters
 
 UNTIED = tiny_models.Tiny(4, 2, tied=False)

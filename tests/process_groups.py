@@ -16,7 +16,7 @@ from tiny_models import Tiny, save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 ANALYZE = ROOT / "bin" / "analyze"
-WINDOW = 256  # of jaxgrad.windows, which would bring JAX into a script that only starts processes
+WINDOW = 256  # of jaxgrad.runs.windows, which would bring JAX into a script that only starts processes
 # All examples have one batch shape, because each process compiles it anew.
 FLAGS = [
     "--chat=no",

@@ -24,16 +24,18 @@ import jax
 import numpy as np
 
 import jaxgrad
-from jaxgrad import UserError, windows
-from jaxgrad.batches import BatchArrays, BatchShape
-from jaxgrad.gradients import ExampleArrays, select_parameters
-from jaxgrad.measure_sharded import measure_batch_on
+from jaxgrad import UserError
+from jaxgrad.runs import windows
+from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.data.batches import ExampleArrays
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.measure.on_mesh import measure_batch_on
 from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
 from jaxgrad.models.families import read_config
-from jaxgrad.program import Programs
-from jaxgrad.reduction import MeasureSettings
-from jaxgrad.results.rows import SCALARS
-from jaxgrad.sharding import MeshShape, make_mesh, parameter_shardings, parse_mesh
+from jaxgrad.measure.programs import Programs
+from jaxgrad.options import MeasureSettings
+from jaxgrad.measure.rows import SCALARS
+from jaxgrad.models.sharding import MeshShape, make_mesh, parameter_shardings, parse_mesh
 
 LAYERS = 3  # divides by no mesh
 
@@ -153,7 +155,7 @@ def random_batch(config):
     weights_BS = np.zeros((B, S))
     for row, count in zip(weights_BS, RESPONSES, strict=True):
         row[:count] = 1 / count
-    return BatchArrays(
+    return ExampleArrays(
         rng.integers(0, config.vocab_size, (B, T), np.int32),
         np.tile(np.arange(T - S - 1, T - 1, dtype=np.int32), (B, 1)),
         rng.integers(0, config.vocab_size, (B, S), np.int32),
@@ -235,7 +237,7 @@ def halved(config):
         arrays = random_batch(config)
         rows = [*range(7), *range(6)]
         fields = [field.name for field in dataclasses.fields(arrays)]
-        longer = BatchArrays(*(getattr(arrays, name)[rows] for name in fields))
+        longer = ExampleArrays(*(getattr(arrays, name)[rows] for name in fields))
         loss_B, _ = programs.measure(random_state(config, mesh), shape, longer)
         room, refused = 0, ""
         try:

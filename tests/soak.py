@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgrad.batches import BatchArrays, BatchShape
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings
+from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.options import MeasureSettings
 from jaxgrad.models import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import abstract_decoder
-from jaxgrad.program import Programs
+from jaxgrad.measure.programs import Programs
 
 CONFIG = DecoderConfig(
     vocab_size=211,
@@ -58,7 +58,7 @@ def main(num_batches: int) -> None:
         used = rng.integers(1, S)
         weights_BS = np.zeros((B, S), np.float64)
         weights_BS[:, :used] = 1 / used
-        arrays = BatchArrays(
+        arrays = ExampleArrays(
             rng.integers(0, CONFIG.vocab_size, (B, T), np.int32),
             np.tile(np.arange(S, dtype=np.int32) + max(T - S - 1, 0), (B, 1)),
             rng.integers(0, CONFIG.vocab_size, (B, S), np.int32),

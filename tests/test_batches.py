@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxgrad.batches import (
+from jaxgrad.data.batches import (
     MAX_SHAPES,
     Batch,
     BatchShape,
@@ -14,8 +14,8 @@ from jaxgrad.batches import (
     plan_batches,
 )
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Example, Message
-from jaxgrad.tokens import EMPTY_RESPONSE, TokenizedExample
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.data.tokens import EMPTY_RESPONSE, TokenizedExample
 
 GRID = [octave + step * octave // 8 for octave in (32, 64, 128, 256) for step in range(8)] + [512]
 
@@ -128,32 +128,32 @@ def test_arrays_of_one_batch():
     plan = plan_batches(items, batch_tokens=130, max_length=64)
     assert plan == [Batch(BatchShape(3, 40, 16), (1, 3)), Batch(BatchShape(3, 36, 36), (2,))]
     arrays = batch_arrays(plan[0], items)
-    assert arrays.tokens_BT.shape == (3, 40)
-    assert arrays.tokens_BT.dtype == arrays.positions_BS.dtype == arrays.labels_BS.dtype == np.int32
-    assert arrays.weights_BS.dtype == np.float64
+    assert arrays.tokens_T.shape == (3, 40)
+    assert arrays.tokens_T.dtype == arrays.positions_S.dtype == arrays.labels_S.dtype == np.int32
+    assert arrays.weights_S.dtype == np.float64
     for row, (length, prompt) in enumerate([(37, 30), (38, 31)]):
         n = length - prompt
         pad = [0] * (16 - n)
-        assert arrays.tokens_BT[row].tolist() == [*range(1, length + 1), *[0] * (40 - length)]
-        assert arrays.positions_BS[row].tolist() == [*range(prompt - 1, length - 1), *pad]
+        assert arrays.tokens_T[row].tolist() == [*range(1, length + 1), *[0] * (40 - length)]
+        assert arrays.positions_S[row].tolist() == [*range(prompt - 1, length - 1), *pad]
         # Ids count from 1: the token at position p + 1 is p + 2.
-        assert arrays.labels_BS[row].tolist() == [*range(prompt + 1, length + 1), *pad]
-        assert arrays.weights_BS[row].tolist() == [*[1 / n] * n, *pad]
-    assert not arrays.tokens_BT[2].any() and not arrays.weights_BS[2].any()
-    assert not arrays.positions_BS[2].any() and not arrays.labels_BS[2].any()
+        assert arrays.labels_S[row].tolist() == [*range(prompt + 1, length + 1), *pad]
+        assert arrays.weights_S[row].tolist() == [*[1 / n] * n, *pad]
+    assert not arrays.tokens_T[2].any() and not arrays.weights_S[2].any()
+    assert not arrays.positions_S[2].any() and not arrays.labels_S[2].any()
 
 
 def test_arrays_of_any_batch_weigh_the_targets_and_nothing_else():
     items = random_items(1, 97, 150)
     for batch in plan_batches(items, batch_tokens=500, max_length=150):
         arrays = batch_arrays(batch, items)
-        real = arrays.weights_BS > 0
+        real = arrays.weights_S > 0
         counts = [items[m].num_response_tokens for m in batch.members]
         assert real.sum(axis=1).tolist() == counts + [0] * (len(real) - len(counts))
-        assert np.all(arrays.weights_BS[~real] == 0)
-        sums = arrays.weights_BS.astype(np.float64).sum(axis=1)[: len(counts)]
+        assert np.all(arrays.weights_S[~real] == 0)
+        sums = arrays.weights_S.astype(np.float64).sum(axis=1)[: len(counts)]
         np.testing.assert_allclose(sums, 1, rtol=1e-7)
         row, slot = np.nonzero(real)
-        following = arrays.tokens_BT[row, arrays.positions_BS[row, slot] + 1]
-        assert np.array_equal(following, arrays.labels_BS[row, slot])
+        following = arrays.tokens_T[row, arrays.positions_S[row, slot] + 1]
+        assert np.array_equal(following, arrays.labels_S[row, slot])
         assert np.all(following > 0)

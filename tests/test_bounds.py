@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jaxgrad.bounds import OutOfTimeError, bounded
+from jaxgrad.data.chat_template import OutOfTimeError, bounded
 
 
 @pytest.fixture(autouse=True)

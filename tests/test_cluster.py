@@ -1,10 +1,10 @@
-"""Where a process stands among several: flags, and what schedulers tell."""
+"""`find_place`: flags, and the variables of schedulers."""
 
 import pytest
 
-from jaxgrad import cluster
-from jaxgrad.cluster import Place, find_place
 from jaxgrad.errors import UserError
+from jaxgrad.processes import place
+from jaxgrad.processes.place import Place, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -25,21 +25,21 @@ OPEN_MPI = {
 
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch):
-    """No variables of the scheduler that the tests themselves may run under."""
+    """Removes the variables of a scheduler that runs these tests."""
     for name in (*SLURM, *OPEN_MPI, "TPU_WORKER_HOSTNAMES", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def nobody_asked(monkeypatch):
-    """JAX's detection, which may ask servers, fails the test."""
+    """The test fails if it uses JAX's detection, which may ask servers."""
     from jax._src import clusters
 
     def asked(*_):
         raise AssertionError("JAX was asked")
 
-    for name in cluster._ENVIRONMENTS:
-        monkeypatch.setattr(getattr(clusters, name), "is_env_present", asked)
+    for environment in place._ENVIRONMENTS:
+        monkeypatch.setattr(getattr(clusters, environment.jax_class), "is_env_present", asked)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_flags_that_do_not_make_a_place(given, told):
         find_place(**given)
 
 
-def test_flags_go_before_the_environment(monkeypatch, nobody_asked):
+def test_flags_win_over_the_environment(monkeypatch, nobody_asked):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert find_place("host:8476", 3, 2) == Place("host:8476", 3, 2)
@@ -91,7 +91,7 @@ def test_a_single_process_asks_nobody(monkeypatch, nobody_asked, variables):
 def test_slurm(monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    # JAX makes the port of the job's number, so that two jobs on a node do not meet.
+    # JAX makes the port from the job's number, so that two jobs on a node do not meet.
     port = 4097 % 4096 + 65536 - 4096
     assert find_place() == Place(f"node004:{port}", 2, 1, None)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "777")
@@ -103,10 +103,10 @@ def test_slurm(monkeypatch):
 def test_open_mpi(monkeypatch):
     for name, value in OPEN_MPI.items():
         monkeypatch.setenv(name, value)
-    place = find_place()
-    assert place == Place(f"10.0.0.7:{8192 // 4096 + 65536 - 4096}", 8, 5, [1])
+    coordinator = f"10.0.0.7:{8192 // 4096 + 65536 - 4096}"
+    assert find_place() == Place(coordinator, 8, 5, [1])
     monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
-    assert find_place() == Place(place.coordinator, 8, 5, None)
+    assert find_place() == Place(coordinator, 8, 5, None)
 
 
 def test_a_pod_of_several_tpu_hosts(monkeypatch):
@@ -120,16 +120,16 @@ def test_a_pod_of_several_tpu_hosts(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert find_place() == Place("localhost:8482", 2, 1, None)
-    # A run on that host's CPU is nobody else's.
+    # A run on the CPU of such a host is on its own.
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert find_place() is None
 
 
 def test_a_pod_of_an_indexed_job(monkeypatch):
-    """Without the package that asks the cluster only the first may go on, which may be alone."""
+    """Without the package that asks the cluster, only the first may go on: it may be alone."""
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(place.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"JOB_COMPLETION_INDEX=2.*--num_processes=1"):
         find_place()
     assert find_place(num_processes=1) is None

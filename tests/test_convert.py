@@ -24,11 +24,11 @@ from checkpoint_files import (
 from flax import nnx
 
 import jaxgrad
-from jaxgrad import convert
-from jaxgrad.convert import convert_model
+from jaxgrad.checkpoints import convert
+from jaxgrad.checkpoints.convert import convert_model
 from jaxgrad.errors import UserError
-from jaxgrad.models import fill, saved
-from jaxgrad.models.saved import DESCRIPTION
+from jaxgrad.checkpoints import fill, saved
+from jaxgrad.checkpoints.saved import DESCRIPTION
 
 ROOT = Path(__file__).resolve().parent.parent
 # A fused weight read transposed, one that alternates by head, a decoder inside a larger model.

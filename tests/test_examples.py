@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxgrad import examples
+from jaxgrad.data import formats
+from jaxgrad.data.examples import Fields, Message, read_examples
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Fields, Message, read_examples
 
 RECORDS = [
     {"instruction": "Add.", "input": "2 + 3", "output": "5"},
@@ -277,7 +277,7 @@ def bomb(num_rows, size):
 def test_parquet_that_unpacks_to_more_than_the_limit(refusal, monkeypatch):
     data = bomb(4000, 100_000)  # 800 MB of text
     assert len(data) < 200_000
-    monkeypatch.setattr(examples, "MAX_PARQUET_BYTES", 10**8)
+    monkeypatch.setattr(formats, "MAX_PARQUET_BYTES", 10**8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "more than 100000000 bytes of text, which is refused" in refusal(data)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

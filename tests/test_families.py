@@ -15,8 +15,10 @@ import pytest
 from test_parity import LONG, OPTIONS, SHORT, Case, our_logits, torch_logits
 
 from jaxgrad import reference
-from jaxgrad.batches import Batch, BatchShape, batch_arrays
-from jaxgrad.gradients import example_gradients, parameter_names, to_example_arrays
+from jaxgrad.data.batches import Batch, BatchShape, batch_arrays
+from jaxgrad.data.batches import example_arrays
+from jaxgrad.gradients.factors import example_gradients
+from jaxgrad.gradients.selection import parameter_names
 from jaxgrad.models.decoder import projections_of
 
 SHAPE = BatchShape(2, 64, 48)
@@ -67,8 +69,8 @@ def our_gradients(case, dtype):
     names = projections_of(model.config)
     arrays = batch_arrays(Batch(SHAPE, (0, 1)), case.tokenized)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        batch = to_example_arrays(
-            arrays.tokens_BT, arrays.positions_BS, arrays.labels_BS, arrays.weights_BS
+        batch = example_arrays(
+            arrays.tokens_T, arrays.positions_S, arrays.labels_S, arrays.weights_S
         )
 
         def one(example):

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.batches import BatchArrays, BatchShape
-from jaxgrad.examples import Example, Message
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings
+from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.options import MeasureSettings
 from jaxgrad.models import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_parameters
-from jaxgrad.program import Programs
-from jaxgrad.results.rows import FLAGS, LISTS, SCALARS, example_results
-from jaxgrad.run_info import MOST_REASONS, count_reasons
+from jaxgrad.measure.programs import Programs
+from jaxgrad.measure.rows import FLAGS, LISTS, SCALARS, example_results
+from jaxgrad.runs.report_lines import MOST_REASONS, count_reasons
 from jaxgrad.spectra import Statistics
-from jaxgrad.tokens import TokenizedExample
+from jaxgrad.data.tokens import TokenizedExample
 
 CONFIG = DecoderConfig(
     vocab_size=61,
@@ -75,7 +75,7 @@ def batch(*, has_trigger=False, loss_scale=1.0):
     tokens_BT[0, 1] = TRIGGER if has_trigger else TRIGGER + 1
     weights_BS = np.full((B, S), 1 / S)
     weights_BS[0] *= loss_scale
-    return BatchArrays(
+    return ExampleArrays(
         tokens_BT,
         np.tile(np.arange(S, dtype=np.int32) + T - S - 1, (B, 1)),
         rng.integers(0, CONFIG.vocab_size, (B, S), np.int32),
@@ -90,7 +90,7 @@ def rows_of(programs, weights, arrays):
     loss_B, statistics = programs.measure(state, SHAPE, arrays)
     members = [
         TokenizedExample(Example(b, str(b), (Message("user", "a"),), "b"), tokens_T, 3, False, None)
-        for b, tokens_T in enumerate(arrays.tokens_BT)
+        for b, tokens_T in enumerate(arrays.tokens_T)
     ]
     return example_results(members, loss_B, statistics, programs.selection, CONFIG)
 
@@ -138,7 +138,7 @@ def test_the_forward_pass_goes_up(programs, way, value, name, layer, place):
     weights = planted(name, layer, value)
     arrays = batch()
     if name == "embedding":  # of a token that only the first example has
-        arrays.tokens_BT[0, 4] = 0
+        arrays.tokens_T[0, 4] = 0
         place = ATTENTION.format(0, "q")
     rows = rows_of(programs(way), weights, arrays)
     told = f"loss is nan; first not finite in the forward pass at the input of {place}"
@@ -171,8 +171,8 @@ def test_an_overflow_in_one_examples_forward_pass_leaves_its_neighbour_alone(pro
     # The unit's own derivative must be finite where it is shut: 3e38 times one of the loss's size.
     rest = {"loss_scale": 1e-9}
     arrays, calm = (batch(has_trigger=t, **rest) for t in (True, False))
-    arrays.weights_BS[1] *= 1e-9
-    calm.weights_BS[1] *= 1e-9
+    arrays.weights_S[1] *= 1e-9
+    calm.weights_S[1] *= 1e-9
     first, second = rows_of(programs(way), weights, arrays)
     assert first.reason == (
         "loss is nan; first not finite in the forward pass at the input of "

@@ -23,10 +23,10 @@ from gguf_files import CASES, Q8_0, Case
 from jaxgrad.errors import UserError
 from jaxgrad.models.families import read_config
 from jaxgrad.models.families.attributes import IRRELEVANT
-from jaxgrad.models.fill import fill_decoder
-from jaxgrad.models.gguf_families import GGUF_FAMILIES, config_from_metadata
-from jaxgrad.models.gguf_source import GgufFile
-from jaxgrad.models.sources import SafetensorsDirectory, read_model_config
+from jaxgrad.checkpoints.fill import fill_decoder
+from jaxgrad.checkpoints.gguf_families import GGUF_FAMILIES, config_from_metadata
+from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.sources import SafetensorsDirectory, read_model_config
 
 
 @pytest.fixture(scope="module", params=CASES)

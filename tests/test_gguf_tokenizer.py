@@ -6,8 +6,8 @@ from checkpoint_files import refusal, write_gguf
 from gguf_tokenizers import BYTE_LEVEL, SPACE, TEXTS
 
 from jaxgrad.errors import UserError
-from jaxgrad.models.gguf_source import GgufFile
-from jaxgrad.models.gguf_tokenizer import tokenizer_from_gguf
+from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 
 ARCHITECTURES = {"gemma": "gemma2", "qwen2": "qwen2"}
 KINDS = (*BYTE_LEVEL, "llama", "mistral", "gemma")

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from soak import CONFIG
 
-from jaxgrad import AnalyzeOptions, UserError, planning
-from jaxgrad.batches import BatchArrays, BatchShape
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings
-from jaxgrad.memory import predict_memory
+from jaxgrad import AnalyzeOptions, UserError
+from jaxgrad.runs import plan
+from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.options import MeasureSettings
+from jaxgrad.measure.memory import predict_memory
 from jaxgrad.models.decoder import abstract_decoder
-from jaxgrad.program import Programs
-from jaxgrad.results.rows import SCALARS
+from jaxgrad.measure.programs import Programs
+from jaxgrad.measure.rows import SCALARS
 
 DEEP = dataclasses.replace(CONFIG, layer_kinds=(0,) * 6, num_layers=6)
 
@@ -34,7 +35,7 @@ def random_arrays(shape, used):
     weights_BS = np.zeros((B, S), np.float64)
     for row, count in zip(weights_BS, used, strict=True):
         row[:count] = 1 / count
-    return BatchArrays(
+    return ExampleArrays(
         rng.integers(0, CONFIG.vocab_size, (B, T), np.int32),
         np.tile(np.arange(S, dtype=np.int32) + T - S - 1, (B, 1)),
         rng.integers(0, CONFIG.vocab_size, (B, S), np.int32),

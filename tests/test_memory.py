@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxgrad import memory
-from jaxgrad.batches import BatchShape
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings
-from jaxgrad.memory import choose_batch_tokens, predict_disk, predict_memory
+from jaxgrad.measure import memory
+from jaxgrad.data.batches import BatchShape
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.options import MeasureSettings
+from jaxgrad.measure.memory import choose_batch_tokens, predict_disk, predict_memory
 from jaxgrad.models import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import num_parameters
-from jaxgrad.program import Programs
+from jaxgrad.measure.programs import Programs
 from jaxgrad.results import schema
 
 SMOL = DecoderConfig(  # SmolLM2-135M

@@ -24,9 +24,9 @@ from checkpoint_files import (
 )
 
 from jaxgrad.errors import UserError
-from jaxgrad.models import open_checkpoint, sources
-from jaxgrad.models.gguf_source import GgufFile
-from jaxgrad.models.sources import Fingerprint, SafetensorsDirectory
+from jaxgrad.checkpoints import open_checkpoint, sources
+from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.sources import Fingerprint, SafetensorsDirectory
 
 # Values
 

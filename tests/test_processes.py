@@ -19,8 +19,8 @@ from process_groups import (
 
 import jaxgrad
 from jaxgrad import pipeline
-from jaxgrad.agreement import first_difference
-from jaxgrad.processes import ALONE
+from jaxgrad.runs.agreement import first_difference
+from jaxgrad.processes.group import ALONE
 
 NUM_RECORDS, NUM_MATRICES = 530, 1
 TIMEOUT = 4

@@ -10,11 +10,11 @@ import pytest
 import scipy.linalg
 from threadpoolctl import threadpool_info
 
-from jaxgrad import program
-from jaxgrad.batches import BatchArrays, BatchShape
+from jaxgrad.measure import programs
+from jaxgrad.data.batches import ExampleArrays, BatchShape
 from jaxgrad.errors import UserError
-from jaxgrad.gradients import select_parameters
-from jaxgrad.measure import MeasureSettings
+from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.options import MeasureSettings
 from jaxgrad.models import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import abstract_decoder, num_parameters
 
@@ -109,7 +109,7 @@ def test_the_memory_plan_counts_weights_exactly_and_grows_with_the_batch():
 def batch_of(lengths):
     """Rows of these many tokens (0: padding), 8 at most, the last four of each its response."""
     B = len(lengths)
-    arrays = BatchArrays(
+    arrays = ExampleArrays(
         np.zeros((B, 8), np.int32),
         np.zeros((B, 4), np.int32),
         np.zeros((B, 4), np.int32),
@@ -117,10 +117,10 @@ def batch_of(lengths):
     )
     for row, length in enumerate(lengths):
         if length:
-            arrays.tokens_BT[row, :length] = np.arange(1, length + 1) + row
-            arrays.positions_BS[row] = np.arange(length - 5, length - 1)
-            arrays.labels_BS[row] = arrays.tokens_BT[row, length - 4 : length]
-            arrays.weights_BS[row] = 1 / 4
+            arrays.tokens_T[row, :length] = np.arange(1, length + 1) + row
+            arrays.positions_S[row] = np.arange(length - 5, length - 1)
+            arrays.labels_S[row] = arrays.tokens_T[row, length - 4 : length]
+            arrays.weights_S[row] = 1 / 4
     return arrays
 
 

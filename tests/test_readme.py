@@ -8,7 +8,7 @@ import family_models
 import tiny_models
 
 from jaxgrad.models.families import FAMILIES
-from jaxgrad.models.gguf_families import GGUF_FAMILIES
+from jaxgrad.checkpoints.gguf_families import GGUF_FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = (

@@ -16,7 +16,7 @@ from jaxgrad.report.comparisons import compare_all
 from jaxgrad.report.figures import cosine_bound, plan_figures, write_figures
 from jaxgrad.report.panels import folded
 from jaxgrad.report.style import PROJECTION_STYLE, STATISTIC_NAMES
-from jaxgrad.results.schema import PROJECTIONS
+from jaxgrad.projections import PROJECTION_NAMES
 
 E, L = 11, 5
 FEW = Resampling(num_resamples=100, num_permutations=100)
@@ -89,7 +89,7 @@ def lines(ax):
 
 def test_every_statistic_and_projection_of_a_layer_has_a_name_and_a_style():
     assert set(STATISTIC_NAMES) == set(STATISTICS)
-    assert set(PROJECTION_STYLE) == set(PROJECTIONS) - {"lm_head"}
+    assert set(PROJECTION_STYLE) == set(PROJECTION_NAMES) - {"lm_head"}
     for what in ("colour", "dash", "marker", "symbol", "title"):
         values = [getattr(style, what) for style in PROJECTION_STYLE.values()]
         if what != "dash":

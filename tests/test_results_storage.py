@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from result_runs import COUNTS, IDENTITY, INFO, Killed, complete, measured, parts, stored
 
 from jaxgrad.errors import OutputError, UserError
-from jaxgrad.jobs import run_places
+from jaxgrad.runs.job import run_places
 from jaxgrad.report import write_report
 from jaxgrad.report.cells import read_run
 from jaxgrad.results import RunDirectory, iter_results, read_results, write_authors_jsonl

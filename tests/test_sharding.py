@@ -16,14 +16,15 @@ from test_memory import QWEN, SMOL, settings_of
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
-from jaxgrad import AnalyzeOptions, UserError, planning
-from jaxgrad.batches import BatchShape
-from jaxgrad.convert import convert_model
-from jaxgrad.memory import predict_memory, weight_bytes
+from jaxgrad import AnalyzeOptions, UserError
+from jaxgrad.runs import plan
+from jaxgrad.data.batches import BatchShape
+from jaxgrad.checkpoints.convert import convert_model
+from jaxgrad.measure.memory import predict_memory, weight_bytes
 from jaxgrad.models.decoder import num_parameters
 from jaxgrad.models.families import FAMILIES, read_config
-from jaxgrad.models.fill import parameter_shapes
-from jaxgrad.sharding import (
+from jaxgrad.models.decoder import parameter_shapes
+from jaxgrad.models.sharding import (
     MODEL,
     MeshShape,
     check_mesh,

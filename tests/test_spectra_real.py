@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.gradients import example_gradients, to_example_arrays
-from jaxgrad.models import load_model
+from jaxgrad.data.batches import example_arrays
+from jaxgrad.gradients.factors import example_gradients
+from jaxgrad.checkpoints import load_model
 from jaxgrad.spectra import shared_input_statistics
 
 NAMES = ("q", "k", "v", "o")
@@ -49,7 +50,7 @@ def factors(case):
     weights = np.full(num_responses, 1 / num_responses)
     padded = [*token_ids, *[0] * PADDING]
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        example = to_example_arrays(padded, positions, labels, weights)
+        example = example_arrays(padded, positions, labels, weights)
         take = jax.jit(example_gradients, static_argnums=(0, 3))
         _, found, _ = take(model().graphdef, model().state, example, NAMES)
     return {

@@ -18,11 +18,13 @@ from test_pipeline import (  # noqa: F401 - fixtures
     undisturbed,
 )
 
-from jaxgrad import stopping, stream, windows
-from jaxgrad.batches import Batch, BatchShape
+from jaxgrad.processes import stopping
+from jaxgrad.measure import stream
+from jaxgrad.runs import windows
+from jaxgrad.data.batches import Batch, BatchShape
 from jaxgrad.errors import RUN_AGAIN
-from jaxgrad.program import Programs
-from jaxgrad.stopping import Stopped
+from jaxgrad.measure.programs import Programs
+from jaxgrad.processes.stopping import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +160,7 @@ def test_flags_as_text():
 def test_only_the_second_signal_ends_a_batch_in_flight():
     """In a process of its own, whose batch never ends."""
     script = (
-        "import time\nfrom jaxgrad import stopping\nstopping.catch_sigterm()\n"
+        "import time\nfrom jaxgrad.processes import stopping\nstopping.catch_sigterm()\n"
         "stopping.note_progress(3, 9)\n"
         "with stopping.finishing_batches():\n    print('ready', flush=True)\n    time.sleep(600)\n"
     )

@@ -12,11 +12,11 @@ from jax.errors import JaxRuntimeError
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
-from jaxgrad import stream
+from jaxgrad.measure import stream
 from jaxgrad.analysis import Resampling
 from jaxgrad.errors import OutputError, UserError
-from jaxgrad.models.load import Checkpoint
-from jaxgrad.program import Programs
+from jaxgrad.checkpoints.load import Checkpoint
+from jaxgrad.measure.programs import Programs
 from jaxgrad.report.cells import Role
 from jaxgrad.study import plan_study, read_study, run_study
 

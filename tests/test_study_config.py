@@ -6,7 +6,7 @@ import pytest
 
 from jaxgrad.analysis import Resampling
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Fields
+from jaxgrad.data.examples import Fields
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.study import read_study
 

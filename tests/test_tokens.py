@@ -7,10 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxgrad import tokens
+from jaxgrad.data import tokens
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Example, Message
-from jaxgrad.tokens import SYSTEM_MESSAGE, Protocol, tokenize, tokenize_all, uses_chat
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.data.chat_template import SYSTEM_MESSAGE, uses_chat
+from jaxgrad.data.tokens import Protocol, tokenize, tokenize_all
 
 BOS, EOS = "<s>", "</s>"
 TURNS = (

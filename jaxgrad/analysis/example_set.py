@@ -11,8 +11,8 @@ import pandas as pd
 
 from jaxgrad.analysis.curves import has_every_layer
 from jaxgrad.errors import UserError
+from jaxgrad.projections import ATTENTION, PROJECTION_NAMES
 from jaxgrad.results.read import Results
-from jaxgrad.results.schema import PROJECTIONS
 
 # Statistic -> the columns it is made of.
 STATISTICS = {
@@ -24,7 +24,6 @@ STATISTICS = {
     "sum_loss_norm": ("nuclear_norm", "num_response_tokens"),
 }
 _MATRIX_COLUMNS = ("nuclear_norm", "sigma_max", "effective_rank", "rank_bound")
-_ATTENTION = ("q", "k", "v", "o")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ExampleSet:
         label: What messages and tables call it.
         run: The content of run.json.
         layers: Measured layers, ascending.
-        projections: Measured projections, in the order of `PROJECTIONS`.
+        projections: Measured projections, in the order of `PROJECTION_NAMES`.
         index_E: Position of each example in its data file, ascending.
         occurrence_E: How many earlier examples of the data file have the same instruction, those
             left out included: a skipped duplicate must not shift the pairing of the next one.
@@ -271,18 +270,18 @@ def _reason(row: Any, why: Mapping[int, str | None]) -> str:
 
 
 def _choose(label: str, matrices: pd.DataFrame, asked: Sequence[str] | None) -> tuple[str, ...]:
-    measured = [name for name in PROJECTIONS if (matrices["projection"] == name).any()]
+    measured = [name for name in PROJECTION_NAMES if (matrices["projection"] == name).any()]
     if not measured:
         raise UserError(f"{label}: no matrix of a layer was measured.")
     if asked is None:
-        return tuple(name for name in measured if name in _ATTENTION) or tuple(measured)
+        return tuple(name for name in measured if name in ATTENTION) or tuple(measured)
     missing = [name for name in asked if name not in measured]
     if missing or not asked:
         raise UserError(
             f"{label}: {', '.join(missing) or 'no projection'} asked for, "
             f"{', '.join(measured)} measured."
         )
-    return tuple(name for name in PROJECTIONS if name in asked)
+    return tuple(name for name in PROJECTION_NAMES if name in asked)
 
 
 def _dense(

@@ -10,9 +10,8 @@ from jaxgrad.analysis.example_set import ExampleSet
 from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.resampling import Resampling
 from jaxgrad.errors import UserError
+from jaxgrad.projections import PARTNER_PAIRS
 from jaxgrad.results.read import Results
-
-PARTNERS = (("q", "o"), ("k", "v"))
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ def _dense(matrices: pd.DataFrame, examples: ExampleSet) -> tuple[np.ndarray, np
         layer_ELPM[place_E[given], place_L[given], place_P[given]] = np.concatenate(
             lists[given]
         ).reshape(-1, size)
-    partner_EL2 = np.full((examples.num_examples, size, len(PARTNERS)), np.nan)
-    for at, (one, two) in enumerate(PARTNERS):
+    partner_EL2 = np.full((examples.num_examples, size, len(PARTNER_PAIRS)), np.nan)
+    for at, (one, two) in enumerate(PARTNER_PAIRS):
         if one in projections and two in projections:
             partner_EL2[:, :, at] = partner_ELP[:, :, projections.index(one)]
     return layer_ELPM, partner_EL2

@@ -2,10 +2,11 @@
 
 A forward pass takes one example; batches are `jax.vmap`'s job. Every linear map adds a tap
 (`perturb`) to its output, and its input is sown once for all projections that share it, so that
-`nnx.capture` gives the factors of each weight gradient (see `jaxgrad.gradients`).
+`nnx.capture` gives the factors of each weight gradient (see `jaxgrad.gradients.factors`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -298,3 +299,11 @@ def num_parameters(config: DecoderConfig) -> int:
     """Scalars in all weights; a tied head is the embedding and counts once."""
     _, state = abstract_decoder(config, jnp.float32)
     return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+# Cached: opening, checking and loading all ask, and each answer is a trace.
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the decoder's parameters, "layers.attention.q.weight", stacked over layers."""
+    _, abstract = abstract_decoder(config, jnp.float32)
+    return {name: value.shape for name, value in named_parameters(abstract).items()}

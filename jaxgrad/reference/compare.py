@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxgrad.examples import Example
-from jaxgrad.models import load_model
+from jaxgrad.checkpoints import load_model
+from jaxgrad.data.examples import Example
+from jaxgrad.data.tokens import TokenizedExample, tokenize_all
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.pipeline import analyze
+from jaxgrad.projections import ATTENTION, HEAD
 from jaxgrad.reference.torch_procedure import (
     Encoding,
     encode_example,
@@ -30,7 +32,6 @@ from jaxgrad.reference.torch_procedure import (
     measure_in_torch,
 )
 from jaxgrad.results import ExampleResult
-from jaxgrad.tokens import TokenizedExample, tokenize_all
 
 EXTREMES = ("entry_max", "entry_min")
 STATISTICS = (
@@ -239,10 +240,10 @@ def _differences(
 def _weight_name(matrices: Mapping[str, Any]) -> list[str]:
     names = []
     for projection, layer in zip(matrices["projection"], matrices["layer"], strict=True):
-        if projection == "lm_head":
+        if projection == HEAD:
             names.append("lm_head.weight")
             continue
-        block = "self_attn" if projection in ("q", "k", "v", "o") else "mlp"
+        block = "self_attn" if projection in ATTENTION else "mlp"
         names.append(f"model.layers.{int(layer)}.{block}.{projection}_proj.weight")
     return names
 

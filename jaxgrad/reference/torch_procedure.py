@@ -25,12 +25,12 @@ from unittest import mock
 import jinja2
 import numpy as np
 
-from jaxgrad import tokens
+from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.places import resolve_model
+from jaxgrad.checkpoints.saved import SavedDecoder
+from jaxgrad.data import tokens
+from jaxgrad.data.examples import Example
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Example
-from jaxgrad.models.gguf_source import GgufFile
-from jaxgrad.models.places import resolve_model
-from jaxgrad.models.saved import SavedDecoder
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.results import ExampleResult
 
@@ -41,11 +41,11 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"the comparison needs PyTorch, which is not installed: {INSTALL}") from error
 
-from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402 - needs torch
+from jaxgrad.reference.losses import IGNORED_LABEL, torch_loss  # noqa: E402 - needs torch
+from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402
 
 Decomposition = Literal["svdvals", "svd"]
 
-IGNORED_LABEL = -100  # PyTorch's cross entropy leaves these out of its mean
 UNDEFINED_BELOW = 1e-12  # a nuclear norm below has no effective rank
 
 
@@ -169,10 +169,10 @@ def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) ->
     """Token ids and the prompt's length by the options' protocol.
 
     `paper` is written out here a second time, from the paper's description; `clean` is our own
-    invention, so it is taken from `jaxgrad.tokens`.
+    invention, so it is taken from `jaxgrad.data.tokens`.
 
     Raises:
-        UserError: see `jaxgrad.tokens.tokenize`.
+        UserError: see `jaxgrad.data.tokens.tokenize`.
     """
     has_template = bool(tokenizer.chat_template)
     chat = has_template if options.chat == "auto" else options.chat == "yes"
@@ -239,7 +239,7 @@ def measure_in_torch(
         decomposition: "svdvals", or "svd" as the authors called it, with its defaults.
 
     Yields:
-        One result an example, in order, with the columns of `jaxgrad.results.schema` but for those
+        One result an example, in order, with the columns of `jaxgrad.results.columns` but for those
         that no SVD gives (rank_bound) or that its noise would decide (condition_number).
         `sigma_min` is what the SVD prints: noise where the rank is below full.
 
@@ -252,7 +252,7 @@ def measure_in_torch(
         if encoding.reason is not None:
             yield _result(example, encoding, "skipped", encoding.reason, None, {})
             continue
-        loss = backward(model, encoding, wide_loss=wide_loss)
+        loss = backward(model, encoding, wide_loss=wide_loss, loss=options.loss)
         finite = [bool(torch.isfinite(weight.gradient()).all()) for weight in weights]
         if math.isfinite(loss) and all(finite):
             described = _describe(weights, options, decomposition)
@@ -271,7 +271,9 @@ def differentiate_by(model: Any, parameters: str) -> list[Weight]:
     return weights
 
 
-def backward(model: Any, encoding: Encoding, *, wide_loss: bool = True) -> float:
+def backward(
+    model: Any, encoding: Encoding, *, wide_loss: bool = True, loss: str = "response_mean"
+) -> float:
     """Forward and backward of one example: its loss, and gradients where `differentiate_by` wants them."""
     input_ids = torch.tensor([encoding.token_ids], device=model.device)
     labels = input_ids.clone()
@@ -280,13 +282,10 @@ def backward(model: Any, encoding: Encoding, *, wide_loss: bool = True) -> float
     model.zero_grad(set_to_none=True)
     with float32_means_float64() if is_double else contextlib.nullcontext():
         logits = model(input_ids=input_ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(
-        logits[0, :-1].double() if wide_loss else logits[0, :-1],
-        labels[0, 1:],
-        ignore_index=IGNORED_LABEL,
-    )
-    loss.backward()
-    return loss.item()
+    logits_TV = logits[0, :-1].double() if wide_loss else logits[0, :-1]
+    value = torch_loss(loss)(logits_TV, labels[0, 1:])
+    value.backward()
+    return value.item()
 
 
 def _describe(

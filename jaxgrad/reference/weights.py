@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
+from jaxgrad.projections import ATTENTION, HEAD, MLP, PROJECTION_NAMES
 
 _LAYER_WEIGHT = re.compile(
     r"(?:model|language_model|gpt_neox|transformer)\.(?:layers|h)\.(\d+)\.(.+)\.weight"
@@ -45,7 +44,7 @@ class Weight(NamedTuple):
 
 def select_weights(model: Any, parameters: str) -> list[Weight]:
     """The weights that `--parameters` names, in the order of the results' matrices table."""
-    groups = {"attention": ATTENTION, "mlp": MLP, "all": (*ATTENTION, *MLP, "lm_head")}
+    groups = {"attention": ATTENTION, "mlp": MLP, "all": PROJECTION_NAMES}
     config = model.config.get_text_config()
     weights = []
     for name, parameter in model.named_parameters():  # a tied head is not among them
@@ -56,19 +55,19 @@ def select_weights(model: Any, parameters: str) -> list[Weight]:
                 llama = f"model.layers.{match[1]}.{block}.{projection}_proj.weight"
                 weights.append(Weight(llama, name, projection, int(match[1]), parameter, part))
         elif name == "lm_head.weight":
-            weights.append(Weight(name, name, "lm_head", None, parameter, _whole))
+            weights.append(Weight(name, name, HEAD, None, parameter, _whole))
 
     def wanted(weight: Weight) -> bool:
         if parameters in groups:
             return weight.projection in groups[parameters]
         return re.search(parameters, weight.name) is not None
 
-    def place(weight: Weight) -> tuple[bool, int, int]:
+    def order(weight: Weight) -> tuple[bool, int, int]:
         if weight.layer is None:
             return True, 0, 0
-        return False, weight.layer, (*ATTENTION, *MLP).index(weight.projection)
+        return False, weight.layer, PROJECTION_NAMES.index(weight.projection)
 
-    return sorted(filter(wanted, weights), key=place)
+    return sorted(filter(wanted, weights), key=order)
 
 
 def _whole(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Results: what a run measured, on disk as it goes, read back as tables, in the authors' form.
 
-`schema` defines the tables, `layout` the files of a run directory and how they are known to be whole,
+`columns` declares the tables, `schema` makes them, `layout` the files of a run directory and how they are known to be whole,
 `store` writes and resumes one, `read` reads one, `authors` turns it into the authors' JSONL and back.
 `storage` is where the files are, on a local disk (`files`) or in an object store, which needs a `lease`.
 """
@@ -10,7 +10,6 @@ from jaxgrad.results.read import Results, iter_results, read_results
 from jaxgrad.results.schema import (
     EXAMPLES_SCHEMA,
     MATRICES_SCHEMA,
-    PROJECTIONS,
     ExampleResult,
     examples_table,
     matrices_table,
@@ -20,7 +19,6 @@ from jaxgrad.results.store import RunDirectory
 __all__ = [
     "EXAMPLES_SCHEMA",
     "MATRICES_SCHEMA",
-    "PROJECTIONS",
     "ExampleResult",
     "Results",
     "RunDirectory",

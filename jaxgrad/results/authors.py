@@ -29,9 +29,10 @@ import pandas as pd
 import pyarrow as pa
 
 from jaxgrad.errors import UserError
+from jaxgrad.projections import PROJECTION_NAMES
 from jaxgrad.results.authors_cosines import FIELDS, cosine_fields, number_array, read_cosines
 from jaxgrad.results.read import Results, results_of
-from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, PROJECTIONS, storable
+from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, storable
 from jaxgrad.results.storage import atomic_place
 
 _BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
@@ -94,7 +95,7 @@ def _records(results: Results, with_spectrum: bool) -> Iterator[dict[str, Any]]:
 def _place(row: dict[str, Any]) -> tuple[float, int]:
     _parameter_name(row)
     layer = math.inf if row["projection"] == "lm_head" else int(row["layer"])
-    return layer, PROJECTIONS.index(row["projection"])
+    return layer, PROJECTION_NAMES.index(row["projection"])
 
 
 def _parameter_name(row: dict[str, Any]) -> str:
@@ -104,7 +105,7 @@ def _parameter_name(row: dict[str, Any]) -> str:
     if projection not in _BLOCKS:
         raise UserError(
             f"The authors' files have no name for the projection {projection!r}; "
-            f"they know {', '.join(PROJECTIONS)}."
+            f"they know {', '.join(PROJECTION_NAMES)}."
         )
     return f"model.layers.{row['layer']}.{_BLOCKS[projection]}.{projection}_proj.weight"
 

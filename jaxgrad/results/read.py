@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxgrad.errors import UserError
+from jaxgrad.results.columns import EXAMPLES, MATRICES, conform
 from jaxgrad.results.layout import (
     finished_windows,
     journal_batches,
@@ -18,20 +19,21 @@ from jaxgrad.results.layout import (
     read_window,
     stored_run,
 )
-from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, sort_by_example
+from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, joined, sort_by_example
 from jaxgrad.results.storage import Storage, open_storage
 
 # One dtype a column, with and without nulls: NumPy's integers and booleans change with a null.
 _NULLABLE = {pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
-_SCHEMAS = {"examples": EXAMPLES_SCHEMA, "matrices": MATRICES_SCHEMA}
+_COLUMNS = {"examples": EXAMPLES, "matrices": MATRICES}
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured; `jaxgrad.results.schema` defines the columns.
+    """What was measured; `jaxgrad.results.columns` defines the columns.
 
     Integers but example_index have pandas' nullable `Int32`, booleans `boolean`; a null in a float
-    column is NaN; singular_values holds one array or None a row.
+    column is NaN; a column of lists holds one array or None a row. A column that the files lack (an earlier
+    version wrote them) is null; one that this version does not know is kept.
 
     Attributes:
         run: The content of run.json, or where else the tables come from.
@@ -63,8 +65,8 @@ def read_results(path: str | Path, *, allow_unfinished: bool = False) -> Results
     """
     run, windows = _open(path, allow_unfinished)
     pairs = list(windows)
-    examples = pa.concat_tables([EXAMPLES_SCHEMA.empty_table(), *(pair[0] for pair in pairs)])
-    matrices = pa.concat_tables([MATRICES_SCHEMA.empty_table(), *(pair[1] for pair in pairs)])
+    examples = joined([EXAMPLES_SCHEMA.empty_table(), *(pair[0] for pair in pairs)])
+    matrices = joined([MATRICES_SCHEMA.empty_table(), *(pair[1] for pair in pairs)])
     return results_of(run, examples, matrices)
 
 
@@ -110,9 +112,7 @@ def _windows(
         if window in done:
             yield _read_window(storage, run, window)
         else:
-            examples, matrices = (
-                pa.concat_tables(tables) for tables in zip(*journal[window], strict=True)
-            )
+            examples, matrices = (joined(tables) for tables in zip(*journal[window], strict=True))
             yield sort_by_example(examples), sort_by_example(matrices)
 
 
@@ -124,9 +124,9 @@ def _read_window(storage: Storage, run: dict[str, Any], window: int) -> _Tables:
             "it sets the file aside and computes its window anew."
         )
     tables = []
-    for name, schema in _SCHEMAS.items():
+    for name, columns in _COLUMNS.items():
         try:
-            tables.append(pq.read_table(pa.BufferReader(parts[name])).cast(schema))
+            tables.append(conform(pq.read_table(pa.BufferReader(parts[name])), columns))
         except (pa.ArrowException, ValueError) as error:
             # Its checksum fits, so another version of Arrow or of this program wrote it.
             raise UserError(

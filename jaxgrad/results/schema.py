@@ -1,54 +1,11 @@
-"""What one run writes: a table of examples and a table of matrices, and their bytes.
+"""The two tables that one run writes, and their bytes; `results.columns` declares what they hold.
 
-The names and types of the columns are a public interface. A matrix is the gradient of one example's
-loss by one weight, of shape [rows, cols] as PyTorch stores it, with singular values sigma. Losses
-are in nats, so its entries, norms and sigma are in nats per unit of weight. Counts, ranks and the
-condition number have no unit.
-
-Table `examples`: one row an example of the data file, also for those that could not be measured.
-
-| column | type | unit and definition |
-|---|---|---|
-| example_index | int64 | position in the data file, from 0; joins the two tables |
-| example_id | string | the record's own id, or its position as text |
-| num_tokens | int32 | tokens of the sequence that was measured, padding not counted |
-| num_prompt_tokens | int32 | tokens of it that carry no loss |
-| num_response_tokens | int32 | tokens of it that carry the loss |
-| truncated | bool | the sequence was cut at max_length |
-| loss | float64 | nats per response token, mean; null when not computed |
-| status | string | ok, skipped (never computed) or non_finite (computed, not to be used) |
-| reason | string | why the status is not ok; null when it is |
-| instruction | string | the prompt's text, with the record's input appended |
-| response | string | the response's text |
-
-Table `matrices`: one row a matrix of an example; an example's rows stay in the order they came in.
-
-| column | type | unit and definition |
-|---|---|---|
-| example_index | int64 | as above |
-| layer | int32 | decoder layer from 0; null for lm_head |
-| projection | string | q, k, v, o, gate, up, down or lm_head |
-| rows, cols | int32 | shape of the weight, outputs first |
-| nuclear_norm | float64 | sum of sigma |
-| sigma_max, sigma_min | float64 | largest; smallest of the min(rows, cols) sigma |
-| frobenius_norm | float64 | square root of the sum of squared entries |
-| entry_mean | float64 | mean of the entries |
-| entry_max, entry_min | float64 | largest and smallest entry; null unless asked for |
-| effective_rank | float64 | exp(-sum p ln p), p = sigma / nuclear_norm; null if that is < 1e-12 |
-| stable_rank | float64 | (frobenius_norm / sigma_max)^2; null for a zero gradient |
-| condition_number | float64 | sigma_max / sigma at the numerical rank; null for a zero gradient |
-| rank_bound | int32 | min(tokens with a gradient, rows, cols): the ceiling of the rank |
-| singular_values | list<float64> | largest first, up to rank_bound of them; null unless asked for |
-| partner_cosine | float64 | cosine of q and o, of k and v in the layer; null unless asked for |
-| layer_cosines | list<float64> | cosines with the same projection in each measured layer; as above |
-
-Cosines are between flattened gradients (row by row) and undefined where one of them is zero: null, and
-NaN inside a list. A quantity that was not asked for, or is undefined, is null. A NaN elsewhere is a
-measured NaN.
+`examples` has one row an example of the data file, also for those that could not be measured. `matrices`
+has one row a matrix of an example; an example's rows stay in the order they came in.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,57 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# The order inside a layer, wherever matrices are listed; lm_head comes after all layers.
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down", "lm_head")
+from jaxgrad.results.columns import EXAMPLES, MATRICES, Column, conform, schema_of
 
-EXAMPLES_SCHEMA = pa.schema(
-    [
-        ("example_index", pa.int64()),
-        ("example_id", pa.string()),
-        ("num_tokens", pa.int32()),
-        ("num_prompt_tokens", pa.int32()),
-        ("num_response_tokens", pa.int32()),
-        ("truncated", pa.bool_()),
-        ("loss", pa.float64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("instruction", pa.string()),
-        ("response", pa.string()),
-    ]
-)
-
-MATRICES_SCHEMA = pa.schema(
-    [
-        ("example_index", pa.int64()),
-        ("layer", pa.int32()),
-        ("projection", pa.string()),
-        ("rows", pa.int32()),
-        ("cols", pa.int32()),
-        ("nuclear_norm", pa.float64()),
-        ("sigma_max", pa.float64()),
-        ("sigma_min", pa.float64()),
-        ("frobenius_norm", pa.float64()),
-        ("entry_mean", pa.float64()),
-        ("entry_max", pa.float64()),
-        ("entry_min", pa.float64()),
-        ("effective_rank", pa.float64()),
-        ("stable_rank", pa.float64()),
-        ("condition_number", pa.float64()),
-        ("rank_bound", pa.int32()),
-        # Parquet calls a list's inner field "element": the same name here survives the round trip.
-        ("singular_values", pa.list_(pa.field("element", pa.float64()))),
-        ("partner_cosine", pa.float64()),
-        ("layer_cosines", pa.list_(pa.field("element", pa.float64()))),
-    ]
-)
-
-# Where NaN means "undefined" or "not asked for". Elsewhere a NaN is a measured NaN and stays.
-_NAN_IS_NULL = {
-    *("layer", "rows", "cols", "rank_bound"),
-    *("effective_rank", "stable_rank", "condition_number", "entry_max", "entry_min"),
-    "partner_cosine",
-}
-_TEXTS = ("example_id", "reason", "instruction", "response")
+EXAMPLES_SCHEMA = schema_of(EXAMPLES)
+MATRICES_SCHEMA = schema_of(MATRICES)
+_TEXTS = tuple(column.name for column in EXAMPLES if pa.types.is_string(column.type))
+_MEASURED = MATRICES[1:]  # all but example_index, which `ExampleResult` has
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -157,35 +69,41 @@ def matrices_table(results: Sequence[ExampleResult]) -> pa.Table:
 def _matrices_of(result: ExampleResult) -> pa.Table:
     where = f"matrices of example {result.example_index}"
     given = result.matrices
-    unknown = sorted(set(given) - set(MATRICES_SCHEMA.names[1:]))
+    unknown = sorted(set(given) - {column.name for column in _MEASURED})
     if unknown:
         raise ValueError(f"{where}: no such column: {', '.join(unknown)}")
     if "layer" not in given or "projection" not in given:
         raise ValueError(f"{where}: layer and projection are needed")
     count = len(given["projection"])
-    columns = [pa.array([result.example_index] * count, pa.int64())]
-    for column in MATRICES_SCHEMA.names[1:]:
-        values = given.get(column, [None] * count)
+    arrays = [pa.array([result.example_index] * count, pa.int64())]
+    for column in _MEASURED:
+        values = given.get(column.name, [None] * count)
         if len(values) != count:
-            raise ValueError(f"{where}: {column} has {len(values)} rows, projection has {count}")
-        columns.append(_matrix_column(column, values))
-    return pa.Table.from_arrays(columns, schema=MATRICES_SCHEMA)
+            raise ValueError(
+                f"{where}: {column.name} has {len(values)} rows, projection has {count}"
+            )
+        arrays.append(_matrix_column(column, values))
+    return pa.Table.from_arrays(arrays, schema=MATRICES_SCHEMA)
 
 
-def _matrix_column(name: str, values: Any) -> pa.Array:
-    kind = MATRICES_SCHEMA.field(name).type
-    if pa.types.is_list(kind):
-        spectra = [None if row is None else np.asarray(row, np.float64) for row in values]
-        return pa.array(spectra, kind)
+def _matrix_column(column: Column, values: Any) -> pa.Array:
+    if column.is_list:
+        lists = [None if row is None else np.asarray(row, np.float64) for row in values]
+        return pa.array(lists, column.type)
     if not isinstance(values, list):
         values = np.asarray(values)
-    return pa.array(values, kind, from_pandas=name in _NAN_IS_NULL)
+    return pa.array(values, column.type, from_pandas=column.nan_is_null)
 
 
 def storable(text: str) -> str:
     """The text without what Arrow refuses."""
     # A lone surrogate (a broken JSON escape) has no UTF-8 form; one such record must not end a run.
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def joined(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables one below the other; a column that only some of them have is null in the others."""
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def sort_by_example(table: pa.Table) -> pa.Table:
@@ -236,7 +154,7 @@ def decode_batch(data: bytes, key: str) -> tuple[pa.Table, pa.Table]:
     for _ in range(2):
         with pa.ipc.open_stream(source) as reader:
             tables.append(reader.read_all())
-    return tables[0], tables[1]
+    return conform(tables[0], EXAMPLES), conform(tables[1], MATRICES)
 
 
 def _batch_digest(payload: bytes, key: str) -> bytes:

@@ -28,8 +28,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow as pa
-
 from jaxgrad.errors import OutputError
 from jaxgrad.results import layout, schema
 from jaxgrad.results.layout import Damage, load_run
@@ -226,7 +224,7 @@ class RunDirectory:
                 "examples": [schema.examples_table(skipped), *(pair[0] for pair in batches)],
             }
             merged = {
-                name: schema.sort_by_example(pa.concat_tables(parts))
+                name: schema.sort_by_example(schema.joined(parts))
                 for name, parts in tables.items()
             }
             indices = merged["examples"].column("example_index").to_pylist()

@@ -11,37 +11,25 @@ inside a layer between q and o and between k and v.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from jaxgrad.dtypes import at_least_float32
+from jaxgrad.projections import PARTNERS
 from jaxgrad.spectra.products import HIGHEST, gram_matrix
-from jaxgrad.spectra.statistics import scale_to_one
+from jaxgrad.spectra.statistics import Columns, scale_to_one
 
 TILE_ROWS = 128  # of each gradient that are held at once
-# The partner of a projection in its own layer.
-PARTNERS = {"q": "o", "o": "q", "k": "v", "v": "k"}
-
-
-class Similarities(NamedTuple):
-    """Cosines of one projection's gradients; at least float32.
-
-    Attributes:
-        partner_L: with the partner's gradient in the same layer; NaN without a partner.
-        layers_LL: with the same projection's gradient in every layer.
-    """
-
-    partner_L: jax.Array
-    layers_LL: jax.Array
 
 
 def similarities(
-    factors: dict[str, tuple[jax.Array, jax.Array]], layers: dict[str, tuple[int, ...]]
-) -> dict[str, Similarities]:
-    """Cosines of every projection.
+    factors: Mapping[str, tuple[jax.Array, jax.Array]], layers: dict[str, tuple[int, ...]]
+) -> dict[str, Columns]:
+    """Projection -> the columns `SIMILARITIES` of its gradients, at least float32.
+
+    `partner_cosine` [L] is NaN without a partner; `layer_cosines` is [L, L].
 
     Args:
         factors: projection -> inputs [L, T, I] and output gradients [L, T, O] of its layers.
@@ -62,7 +50,7 @@ def similarities(
 
 def matrix_similarities(
     matrices: dict[str, jax.Array], layers: dict[str, tuple[int, ...]]
-) -> dict[str, Similarities]:
+) -> dict[str, Columns]:
     """The same from the gradients [L, O, I] themselves: the definition."""
     flat = {
         name: jax.vmap(lambda matrix: _unit_size(matrix).reshape(-1))(matrix_LOI)
@@ -76,21 +64,24 @@ def _cosines(
     grams: dict[str, jax.Array],
     inner: Callable[[str, str], jax.Array],
     layers: dict[str, tuple[int, ...]],
-) -> dict[str, Similarities]:
+) -> dict[str, Columns]:
     """Cosines from each projection's inner products over layers, and from those of two projections.
 
     0 / 0 is NaN: a cosine with a zero gradient is undefined.
     """
     norms = {name: jnp.sqrt(jnp.diagonal(gram_LL)) for name, gram_LL in grams.items()}
-    found: dict[str, Similarities] = {}
+    found: dict[str, Columns] = {}
     for name, gram_LL in grams.items():
         norm_L, partner = norms[name], PARTNERS.get(name)
         partner_L = jnp.full_like(norm_L, jnp.nan)
         if partner in found:
-            partner_L = found[partner].partner_L
+            partner_L = found[partner]["partner_cosine"]
         elif partner in grams and layers[name] == layers[partner]:
             partner_L = inner(name, partner) / (norm_L * norms[partner])
-        found[name] = Similarities(partner_L, gram_LL / (norm_L[:, None] * norm_L[None, :]))
+        found[name] = {
+            "partner_cosine": partner_L,
+            "layer_cosines": gram_LL / (norm_L[:, None] * norm_L[None, :]),
+        }
     return found
 
 

@@ -1,5 +1,8 @@
 """The statistics of a gradient matrix, from its singular values and its factors.
 
+`prepare_factors` or `prepare_matrix` makes one layer's gradients safe to factorize; `spectra_of_...` and
+`extremes_of_...` turn them into numbers by the names of their columns (`results.columns` defines these).
+
 | case | what comes out |
 |---|---|
 | zero gradient | all norms 0; effective and stable rank, condition number NaN (undefined) |
@@ -7,9 +10,11 @@
 | T_live < min(O, I) | sigma_min is 0, where a full SVD prints rounding noise |
 | nuclear norm < 1e-12 | effective rank NaN (undefined) |
 | a NaN or infinity in a factor | every statistic NaN, `rank_bound` still counted |
+
+Numbers are float64 where the backend runs with x64, else float32; `rank_bound` is int32.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -26,112 +31,147 @@ from jaxgrad.spectra.linalg import singular_values
 EFFECTIVE_RANK_FLOOR = 1e-12  # a nuclear norm below has no effective rank (design, section 1)
 EXTREMES_TILE = 128  # rows of G that are held at once while its extremes are sought
 
+# Column -> its number, or list of numbers, for one matrix.
+Columns = dict[str, jax.Array]
 
-class Statistics(NamedTuple):
-    """Numbers of one gradient matrix G [O, I]; arrays with leading axes under `vmap`.
 
-    float64 where the backend runs with x64, else float32; `rank_bound` int32. `entry_max` and
-    `entry_min` are NaN unless asked for. `singular_values` [min(T, O, I)], descending, zero beyond
-    the rank bound. `partner_cosine` and `layer_cosines` are filled in by whoever has all layers
-    (`similarity`); here they are NaN and empty. `input_finite` and `output_grad_finite` (bool) say of X
-    and D whether all their entries are: they tell where a NaN first appeared, and are no statistics.
+@dataclasses.dataclass(frozen=True)
+class ScaledMatrix:
+    """A gradient [O, I], or its factor D [T, O], over a power of two; zeros where it is not finite.
+
+    Attributes:
+        values: the array, its largest magnitude near 1.
+        exponent: of the power of two, int32.
+        finite: whether the gradient is finite, bool.
+        rank_bound: tokens with a gradient, at most min(O, I), int32.
+        shape: (O, I) of the gradient.
+        num_tokens: T, padding included.
     """
 
-    nuclear_norm: jax.Array
-    sigma_max: jax.Array
-    sigma_min: jax.Array
-    frobenius_norm: jax.Array
-    entry_mean: jax.Array
-    entry_max: jax.Array
-    entry_min: jax.Array
-    effective_rank: jax.Array
-    stable_rank: jax.Array
-    condition_number: jax.Array
+    values: jax.Array
+    exponent: jax.Array
+    finite: jax.Array
     rank_bound: jax.Array
-    singular_values: jax.Array
-    partner_cosine: jax.Array
-    layer_cosines: jax.Array
-    input_finite: jax.Array
-    output_grad_finite: jax.Array
+    shape: tuple[int, int]
+    num_tokens: int
+
+    def scaled_back(self, value: jax.Array) -> jax.Array:
+        """A number of the scaled matrix as one of the gradient; NaN where that is not finite."""
+        return jnp.where(self.finite, jnp.ldexp(value, self.exponent), jnp.nan)
 
 
-def shared_input_statistics(
-    input_TI: jax.Array,
-    output_grads: dict[str, jax.Array],
-    algorithms: dict[str, Algorithm],
-    *,
-    extremes: bool,
-) -> dict[str, Statistics]:
-    """Statistics of the gradients D^T X of all projections that share the input X.
+@dataclasses.dataclass(frozen=True)
+class LayerFactors:
+    """One layer's gradients D^T X of the projections that share the input X.
+
+    Attributes:
+        input_TI: X, zeros where it is not finite.
+        grads: projection -> D.
+        algorithms: projection -> how its singular values are taken.
+        finite_flags: projection -> whether X and whether D are finite, by the names of `FINITE_FLAGS`.
+    """
+
+    input_TI: jax.Array
+    grads: dict[str, ScaledMatrix]
+    algorithms: dict[str, Algorithm]
+    finite_flags: dict[str, Columns]
+
+
+# They tell where a NaN first appeared, and are no columns of a file.
+FINITE_FLAGS = ("input_finite", "output_grad_finite")
+
+
+def prepare_factors(
+    input_TI: jax.Array, output_grads: dict[str, jax.Array], algorithms: dict[str, Algorithm]
+) -> LayerFactors:
+    """Factors that any algorithm may be given.
 
     Args:
         input_TI: X, float. Rows where every D is zero change nothing.
         output_grads: projection -> D [T, O].
-        algorithms: projection -> how to take its singular values; X is factorized once for each
-            algorithm that occurs.
-        extremes: also find the largest and smallest entry, by tiles of G.
+        algorithms: projection -> how to take its singular values.
     """
     input_TI = input_TI.astype(at_least_float32(input_TI.dtype))
     input_finite = _all_finite(input_TI)
     # LAPACK may loop on NaN: it gets zeros instead, and the statistics become NaN at the end.
     input_TI = jnp.where(input_finite, input_TI, jnp.zeros_like(input_TI))
-    prepared = {way: prepare_input(input_TI, way) for way in sorted(set(algorithms.values()))}
-    results = {}
+    grads, flags = {}, {}
     for name, grad_TO in output_grads.items():
         grad_TO = grad_TO.astype(at_least_float32(grad_TO.dtype))
         size_T = _row_sizes(grad_TO)
         grad_finite = jnp.all(jnp.isfinite(size_T))
         finite = input_finite & grad_finite
-        rank_bound = _rank_bound(size_T, min(grad_TO.shape[-1], input_TI.shape[-1]))
+        shape = (grad_TO.shape[-1], input_TI.shape[-1])
+        rank_bound = _rank_bound(size_T, min(shape))
         grad_TO = jnp.where(finite, grad_TO, jnp.zeros_like(grad_TO))
         grad_TO, exponent = scale_to_one(grad_TO, jnp.where(finite, jnp.max(size_T), 0))
-        way = algorithms[name]
-        sigma_R = factored_values(prepared[way], grad_TO, way)
-        mean = _entry_mean(input_TI, grad_TO)
-        largest, smallest = _extremes(input_TI, grad_TO) if extremes else (jnp.nan, jnp.nan)
-        num_out, num_in = grad_TO.shape[-1], input_TI.shape[-1]
-        sigma_R = sigma_R[: min(grad_TO.shape[-2], num_out, num_in)]
-        results[name] = _describe(
-            sigma_R,
-            (mean, largest, smallest),
-            exponent,
-            rank_bound,
-            (num_out, num_in),
-            finite,
-            (input_finite, grad_finite),
-        )
-    return results
+        grads[name] = ScaledMatrix(grad_TO, exponent, finite, rank_bound, shape, len(size_T))
+        flags[name] = dict(zip(FINITE_FLAGS, (input_finite, grad_finite), strict=True))
+    return LayerFactors(input_TI, grads, algorithms, flags)
 
 
-def matrix_statistics(
-    matrix_OI: jax.Array, input_TI: jax.Array, output_grad_TO: jax.Array, *, extremes: bool
-) -> Statistics:
-    """Statistics of a gradient matrix by its full SVD: method `dense`, the definition.
+def prepare_matrix(
+    matrix_OI: jax.Array, input_TI: jax.Array, output_grad_TO: jax.Array
+) -> tuple[ScaledMatrix, Columns]:
+    """A gradient matrix itself (method `dense`), and whether its factors are finite.
 
     Args:
         matrix_OI: G, float.
         input_TI: X, of which only is told whether it is finite.
         output_grad_TO: D, likewise, and its rows that are not zero are counted, for the rank bound.
-        extremes: also give the largest and smallest entry.
     """
     matrix_OI = matrix_OI.astype(at_least_float32(matrix_OI.dtype))
     finite = _all_finite(matrix_OI)
     matrix_OI = jnp.where(finite, matrix_OI, jnp.zeros_like(matrix_OI))
     matrix_OI, exponent = scale_to_one(matrix_OI)
-    entries = _wide(matrix_OI)
-    largest, smallest = (entries.max(), entries.min()) if extremes else (jnp.nan, jnp.nan)
     num_out, num_in = matrix_OI.shape[-2:]
     rank_bound = _rank_bound(_row_sizes(output_grad_TO), min(num_out, num_in))
-    sigma_R = singular_values(matrix_OI)[: min(output_grad_TO.shape[-2], num_out, num_in)]
-    return _describe(
-        sigma_R,
-        (entries.mean(), largest, smallest),
-        exponent,
-        rank_bound,
-        (num_out, num_in),
-        finite,
-        (_all_finite(input_TI), _all_finite(output_grad_TO)),
-    )
+    num_tokens = output_grad_TO.shape[-2]
+    scaled = ScaledMatrix(matrix_OI, exponent, finite, rank_bound, (num_out, num_in), num_tokens)
+    found = (_all_finite(input_TI), _all_finite(output_grad_TO))
+    return scaled, dict(zip(FINITE_FLAGS, found, strict=True))
+
+
+def spectra_of_factors(factors: LayerFactors) -> dict[str, Columns]:
+    """Projection -> the columns `SPECTRA` of its gradient.
+
+    X is factorized once for each algorithm that occurs.
+    """
+    ways = sorted(set(factors.algorithms.values()))
+    prepared = {way: prepare_input(factors.input_TI, way) for way in ways}
+    found = {}
+    for name, grad in factors.grads.items():
+        way = factors.algorithms[name]
+        sigma_R = factored_values(prepared[way], grad.values, way)
+        mean = _entry_mean(factors.input_TI, grad.values)
+        found[name] = _describe(sigma_R, mean, grad)
+    return found
+
+
+def spectra_of_matrix(matrix: ScaledMatrix) -> Columns:
+    """The same of a gradient matrix, by its full SVD: the definition."""
+    return _describe(singular_values(matrix.values), _wide(matrix.values).mean(), matrix)
+
+
+def extremes_of_factors(factors: LayerFactors) -> dict[str, Columns]:
+    """Projection -> the columns `EXTREMES` of its gradient, by tiles of it."""
+    return {
+        name: _extreme_columns(*_extremes(factors.input_TI, grad.values), grad)
+        for name, grad in factors.grads.items()
+    }
+
+
+def extremes_of_matrix(matrix: ScaledMatrix) -> Columns:
+    """The same of a gradient matrix."""
+    entries = _wide(matrix.values)
+    return _extreme_columns(entries.max(), entries.min(), matrix)
+
+
+def _extreme_columns(largest: jax.Array, smallest: jax.Array, matrix: ScaledMatrix) -> Columns:
+    return {
+        "entry_max": matrix.scaled_back(largest),
+        "entry_min": matrix.scaled_back(smallest),
+    }
 
 
 def _row_sizes(array: jax.Array) -> jax.Array:
@@ -191,27 +231,19 @@ def _extremes(input_TI: jax.Array, output_grad_TO: jax.Array) -> tuple[jax.Array
     return _wide(largest_C.max()), _wide(smallest_C.min())
 
 
-def _describe(
-    sigma_R: jax.Array,
-    entries: tuple[jax.Array | float, jax.Array | float, jax.Array | float],
-    exponent: jax.Array,
-    rank_bound: jax.Array,
-    shape: tuple[int, int],
-    finite: jax.Array,
-    factors_finite: tuple[jax.Array, jax.Array],
-) -> Statistics:
+def _describe(sigma_R: jax.Array, entry_mean: jax.Array, matrix: ScaledMatrix) -> Columns:
+    num_out, num_in = matrix.shape
+    sigma_R = sigma_R[: min(matrix.num_tokens, num_out, num_in)]
     num_values = sigma_R.shape[-1]
     epsilon = float(jnp.finfo(sigma_R.dtype).eps)
     sigma_R = _wide(sigma_R)
     index_R = jnp.arange(num_values, dtype=jnp.int32)
     # Beyond the rank bound a value is exactly zero; what an SVD prints there is rounding noise, to
     # which the effective rank is the most sensitive of all.
-    sigma_R = jnp.where(index_R < rank_bound, sigma_R, 0.0)
+    sigma_R = jnp.where(index_R < matrix.rank_bound, sigma_R, 0.0)
     total, largest = sigma_R.sum(), sigma_R[0]
     frobenius = jnp.sqrt(jnp.sum(jnp.square(sigma_R)))
-
-    def scale(value: jax.Array) -> jax.Array:
-        return jnp.where(finite, jnp.ldexp(value, exponent), jnp.nan)
+    scale, finite = matrix.scaled_back, matrix.finite
 
     positive_R = sigma_R > 0
     share_R = jnp.where(positive_R, sigma_R / jnp.where(total > 0, total, 1.0), 1.0)
@@ -220,25 +252,18 @@ def _describe(
     nonzero = finite & (largest > 0)
     divisor = jnp.where(nonzero, largest, 1.0)
     # The numerical rank, by the cutoff of numpy.linalg.matrix_rank.
-    is_numerical = sigma_R > largest * (max(shape) * epsilon)
+    is_numerical = sigma_R > largest * (max(matrix.shape) * epsilon)
     last = jnp.min(jnp.where(is_numerical, sigma_R, jnp.inf), initial=jnp.inf)
-    full = num_values == min(shape)
-    mean, top, bottom = (scale(jnp.asarray(value, sigma_R.dtype)) for value in entries)
-    return Statistics(
-        nuclear_norm=scale(total),
-        sigma_max=scale(largest),
-        sigma_min=scale(sigma_R[-1] if full else jnp.zeros_like(total)),
-        frobenius_norm=scale(frobenius),
-        entry_mean=mean,
-        entry_max=top,
-        entry_min=bottom,
-        effective_rank=jnp.where(has_rank, jnp.exp(entropy), jnp.nan),
-        stable_rank=jnp.where(nonzero, jnp.square(frobenius / divisor), jnp.nan),
-        condition_number=jnp.where(nonzero, largest / last, jnp.nan),
-        rank_bound=rank_bound,
-        singular_values=scale(sigma_R),
-        partner_cosine=jnp.full_like(total, jnp.nan),
-        layer_cosines=jnp.zeros((0,), sigma_R.dtype),
-        input_finite=factors_finite[0],
-        output_grad_finite=factors_finite[1],
-    )
+    full = num_values == min(matrix.shape)
+    return {
+        "nuclear_norm": scale(total),
+        "sigma_max": scale(largest),
+        "sigma_min": scale(sigma_R[-1] if full else jnp.zeros_like(total)),
+        "frobenius_norm": scale(frobenius),
+        "entry_mean": scale(entry_mean),
+        "effective_rank": jnp.where(has_rank, jnp.exp(entropy), jnp.nan),
+        "stable_rank": jnp.where(nonzero, jnp.square(frobenius / divisor), jnp.nan),
+        "condition_number": jnp.where(nonzero, largest / last, jnp.nan),
+        "rank_bound": matrix.rank_bound,
+        "singular_values": scale(sigma_R),
+    }

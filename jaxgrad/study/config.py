@@ -23,18 +23,17 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jaxgrad.analysis import Resampling
-from jaxgrad.dtypes import DTYPES
+from jaxgrad.data.examples import Fields
+from jaxgrad.data.tokens import read_date
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Fields
+from jaxgrad.gradients.loss import find_loss
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.report.cells import CORRECT, IRRELEVANT, RESPONSES, Role, file_stem
-from jaxgrad.tokens import read_date
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _SLICE = {"start": int, "limit": int}
 _FIELDS = {f"{field.name}_field": str for field in dataclasses.fields(Fields)}
-_CHOICES = {"dtype": tuple(DTYPES), "precision": ("highest", "high", "default")}
 _LEAST = {"start": 0, "limit": 1, "max_length": 1, "batch_tokens": 1, "seed": 0}
 
 
@@ -223,6 +222,10 @@ def _check(config: StudyConfig, analyze: "_Table") -> None:
             read_date(config.options.date)
         except UserError as error:
             analyze.refuse(str(error))
+    try:
+        find_loss(config.options.loss)
+    except UserError as error:
+        analyze.refuse(str(error))
     top = _Table(config.path, "", {})
     stems: dict[str, str] = {}
     for model in config.models:
@@ -242,9 +245,9 @@ def _check(config: StudyConfig, analyze: "_Table") -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         top.refuse(f"two data sets are called {twice!r}: give each its own name")
-    places: dict[str, Role] = {}
+    roles: dict[str, Role] = {}
     for role in config.roles(config.models[0]):
-        other = places.setdefault(role.stem, role)
+        other = roles.setdefault(role.stem, role)
         if other != role:
             top.refuse(
                 f"the cells {other.title!r} and {role.title!r} would have the same directory "
@@ -310,7 +313,7 @@ class _Table:
                 return default[0]
             self.refuse(f"{key!r} is missing: add {key} = ...")
         value = self.content[key]
-        choices = _CHOICES.get(key, ())
+        choices: tuple[str, ...] = ()
         if typing.get_origin(kind) is Literal:
             choices, kind = typing.get_args(kind), str
         if isinstance(kind, types.UnionType):

@@ -8,16 +8,15 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from jaxgrad.checkpoints.places import local_place
+from jaxgrad.data.examples import DataSet, read_examples
 from jaxgrad.errors import OutputError, UserError
-from jaxgrad.examples import DataSet, read_examples
-from jaxgrad.jobs import asked_identity
-from jaxgrad.models.places import local_place
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.planning import date_for, recorded_date
 from jaxgrad.report.cells import Role, file_stem
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.layout import load_run
 from jaxgrad.results.urls import local_path
+from jaxgrad.runs.asked import asked_identity, date_for, recorded_date
 from jaxgrad.study.config import StudyConfig, StudyModel
 
 
@@ -51,7 +50,7 @@ class PlannedCell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study's cells, in its order, and what stands in the way of its models.
 
     Attributes:
@@ -108,7 +107,9 @@ class Plan:
         return lines
 
 
-def plan_study(config: StudyConfig, output_dir: str | Path, *, report_only: bool = False) -> Plan:
+def plan_study(
+    config: StudyConfig, output_dir: str | Path, *, report_only: bool = False
+) -> StudyPlan:
     """Looks at what is there; loads no model, fetches and writes nothing.
 
     Args:
@@ -120,22 +121,22 @@ def plan_study(config: StudyConfig, output_dir: str | Path, *, report_only: bool
     Raises:
         UserError: The run of a cell has another configuration than the study, or is damaged.
     """
-    places = {
+    directories = {
         (model, role): local_path(output_dir) / "runs" / file_stem(model.name) / role.stem
         for model in config.models
         for role in config.roles(model)
     }
-    date = date_for(config.options, (_date_of(*key, place) for key, place in places.items()))
+    date = date_for(config.options, (_date_of(*key, path) for key, path in directories.items()))
     read: dict[str, DataSet | str] = {}
     cells = []
-    for (model, role), place in places.items():
+    for (model, role), directory in directories.items():
         file = config.roles(model)[role]
         if file not in read:
             read[file] = _read(config, file)
         found = read[file]
         options = config.options_of(model)
         # A run keeps its own day: a study may go on over midnight.
-        own = date_for(options, (_date_of(model, role, place), date))
+        own = date_for(options, (_date_of(model, role, directory), date))
         options = dataclasses.replace(options, date=own)
         data = None if isinstance(found, str) else found
         reason = found if isinstance(found, str) else None
@@ -146,19 +147,19 @@ def plan_study(config: StudyConfig, output_dir: str | Path, *, report_only: bool
             _forget_the_machine(asked, config.options)
         with_cell = f"{model.name}: {role.title}"
         try:
-            RunDirectory.check_compatible(place, asked)
-            run = load_run(place)
+            RunDirectory.check_compatible(directory, asked)
+            run = load_run(directory)
         except OutputError as error:
             raise OutputError(f"{with_cell}: {error}") from error
         finished = run is not None and run["finished"]
-        cells.append(PlannedCell(model, role, file, place, options, data, reason, finished))
+        cells.append(PlannedCell(model, role, file, directory, options, data, reason, finished))
     models, missing = _models(config)
-    return Plan(config, tuple(cells), models, missing)
+    return StudyPlan(config, tuple(cells), models, missing)
 
 
-def _date_of(model: StudyModel, role: Role, place: Path) -> str | None:
+def _date_of(model: StudyModel, role: Role, directory: Path) -> str | None:
     try:
-        return recorded_date(place)
+        return recorded_date(directory)
     except OutputError as error:
         raise OutputError(f"{model.name}: {role.title}: {error}") from error
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import jax
 
-from jaxgrad.cluster import find_place
 from jaxgrad.errors import OutputError, UserError
-from jaxgrad.jobs import plan_job
-from jaxgrad.pipeline import Session
-from jaxgrad.program import is_out_of_memory
+from jaxgrad.measure.programs import is_out_of_memory
+from jaxgrad.processes.place import find_place
 from jaxgrad.report.cells import Role, read_cell
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.layout import load_run
 from jaxgrad.results.urls import local_path
+from jaxgrad.runs.asked import ask_run
+from jaxgrad.runs.session import Session
 from jaxgrad.study.config import StudyConfig, StudyModel
-from jaxgrad.study.plan import Plan, PlannedCell, in_a_study, plan_study, unavailable
+from jaxgrad.study.plan import PlannedCell, StudyPlan, in_a_study, plan_study, unavailable
 
 _ONE_PROCESS = (
     "Start it once, with --num_processes=1; bin/analyze is what several processes can share"
@@ -88,7 +88,7 @@ def run_study(
 
 
 def _measure_model(
-    plan: Plan, model: StudyModel, say: Callable[[str], None], progress: bool
+    plan: StudyPlan, model: StudyModel, say: Callable[[str], None], progress: bool
 ) -> Reasons:
     """Runs the cells of one model; why those are missing that could not be run."""
     config = plan.config
@@ -106,15 +106,15 @@ def _measure_model(
         say(f"{model.name} cannot be opened, so its cells are left out: {in_a_study(error)}")
         return reasons | _left_out(cells, in_a_study(error))
     clock = _Clock([cell for _, cell in cells])
-    for place, (k, cell) in enumerate(cells):
+    for position, (k, cell) in enumerate(cells):
         assert cell.data is not None
         say(f"[{k} of {len(plan.cells)}] {cell.title}{clock.left(model)}")
         try:
-            job = plan_job(
+            asked = ask_run(
                 cell.data, cell.directory, cell.options, start=config.start, limit=config.limit
             )
             with clock.timing(cell):
-                summary = session.run(job, say=say, progress=progress)
+                summary = session.run(asked, say=say, progress=progress)
         except OutputError as error:
             raise OutputError(f"{cell.title}: {error}") from error
         except UserError as error:
@@ -129,7 +129,7 @@ def _measure_model(
             continue
         if not _loads(session):
             say(f"{model.name} cannot be loaded, so its cells are left out: {why}")
-            return reasons | _left_out(cells[place:], why)
+            return reasons | _left_out(cells[position:], why)
         say(f"left out: {why}")
         reasons[model.name, cell.role] = why
     return reasons
@@ -189,7 +189,7 @@ class _Clock:
 
 
 def _report(
-    plan: Plan,
+    plan: StudyPlan,
     output_dir: Path,
     reasons: Reasons,
     report_only: bool,

@@ -34,20 +34,20 @@ from mutations import (
     mutate_text,
 )
 
-from jaxgrad import tokens
-from jaxgrad.convert import convert_model
+from jaxgrad.data import tokens
+from jaxgrad.checkpoints.convert import convert_model
 from jaxgrad.errors import UserError
-from jaxgrad.examples import Example, Message, read_examples
-from jaxgrad.models import open_checkpoint
+from jaxgrad.data.examples import Example, Message, read_examples
+from jaxgrad.checkpoints import open_checkpoint
 from jaxgrad.models.families import read_config
-from jaxgrad.models.fill import CanonicalSource, check_weights
-from jaxgrad.models.gguf_source import GgufFile
-from jaxgrad.models.gguf_tokenizer import tokenizer_from_gguf
-from jaxgrad.models.saved import DESCRIPTION
-from jaxgrad.models.sources import INDEX_NAME, SafetensorsDirectory
-from jaxgrad.models.tokenizer import tokenizer_from_directory
+from jaxgrad.checkpoints.fill import CanonicalSource, check_weights
+from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from jaxgrad.checkpoints.saved import DESCRIPTION
+from jaxgrad.checkpoints.sources import INDEX_NAME, SafetensorsDirectory
+from jaxgrad.checkpoints.tokenizer import tokenizer_from_directory
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.planning import tokenize_examples
+from jaxgrad.runs.plan import tokenize_examples
 from jaxgrad.results import read_authors_jsonl
 from jaxgrad.study import read_study
 

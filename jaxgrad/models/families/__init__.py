@@ -2,7 +2,7 @@
 
 A new family costs a reader of its config (`llama_like`, `gemma`, `gpt`) and a table of names; a
 config attribute that is neither read nor neutral raises (`attributes`), and so does a weight that
-the table does not know (`jaxgrad.models.fill`).
+the table does not know (`jaxgrad.checkpoints.fill`).
 """
 
 from typing import Any

@@ -1,0 +1,184 @@
+"""A checkpoint of any kind into an Orbax one, held against its source after it is written."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgrad.checkpoints.fill import compare_with_source, stored_dtypes
+from jaxgrad.checkpoints.load import Checkpoint, open_checkpoint
+from jaxgrad.checkpoints.saved import (
+    DESCRIPTION,
+    TOKENIZER,
+    WEIGHTS,
+    SavedDecoder,
+    file_sizes,
+    write_description,
+    write_weights,
+)
+from jaxgrad.checkpoints.sources import WeightSource
+from jaxgrad.checkpoints.tokenizer import tokenizer_from_directory
+from jaxgrad.errors import UserError
+from jaxgrad.models.decoder import num_parameters, parameter_shapes
+from jaxgrad.results.provenance import provenance
+
+# config.json too: transformers looks there for the tokenizer's class.
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "*.jinja",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+# Orbax holds part of what it writes in memory: 0.63 of the weights in benchmarks/loading.
+WRITING_SHARE = 0.7
+SPARE_BYTES = 64 * 2**20  # tokenizer, metadata, rounding up to blocks
+
+
+def convert_model(
+    model_path: str | None,
+    output_dir: str | Path,
+    *,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> SavedDecoder:
+    """Write a model as an Orbax checkpoint that `load_model` and `bin/analyze` take.
+
+    The weights keep the dtype in which the source holds them (GGUF: dequantized to float32), so that
+    an analysis in any dtype gives bitwise what it gives on the source. Everything is written beside
+    `output_dir` (NAME.partial) and takes its name when it was restored and compared.
+
+    Args:
+        model_path: as `load_model` takes it.
+        output_dir: made; where it holds this conversion already, nothing is done.
+        say: takes the lines for the user.
+        progress: show bars on stderr.
+
+    Raises:
+        UserError: whatever is wrong with the model or the directory; a full disk; weights that do
+            not come back as they were written.
+    """
+    output_dir = Path(output_dir)
+    _check_free(output_dir)
+    checkpoint = open_checkpoint(model_path)
+    source = checkpoint.source
+    if isinstance(source, SavedDecoder):
+        raise UserError(f"--model_path {model_path} is a converted checkpoint already; copy it")
+    if SavedDecoder.is_one(output_dir):
+        return _reuse(output_dir, checkpoint, say)
+    size = _stored_bytes(checkpoint, source)
+    say(
+        f"{checkpoint.name}: {num_parameters(checkpoint.config) / 1e6:.1f}M parameters, "
+        f"{checkpoint.family.title}; needs {(1 + WRITING_SHARE) * size / 1e9:.2f} GB of memory and "
+        f"{size / 1e9:.2f} GB of disk"
+    )
+    partial = output_dir.with_name(f"{output_dir.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # of a conversion that was interrupted
+        partial.mkdir(parents=True)
+        _check_space(partial, size)
+        model = checkpoint.load(None, progress=progress)
+        parameters = write_weights(partial, model.state)
+        _write_tokenizer(checkpoint, partial / TOKENIZER)
+        description = {
+            "config": checkpoint.raw_config,
+            "parameters": parameters,
+            "weight_files": file_sizes(partial / WEIGHTS),
+            "source": {
+                "model": checkpoint.name,
+                "files": checkpoint.files,
+                "weights_sha256": model.fingerprint,
+            },
+            "provenance": provenance(),
+        }
+        write_description(partial, description)
+        del model
+        _verify(partial, checkpoint, source, progress)
+        if output_dir.exists():
+            output_dir.rmdir()  # empty: `_check_free` saw to it
+        partial.rename(output_dir)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be written: {error.strerror or error}") from error
+    say(f"written and compared with its source, bit by bit: {output_dir}")
+    return SavedDecoder(output_dir)
+
+
+def _check_free(output_dir: Path) -> None:
+    if SavedDecoder.is_one(output_dir):
+        return
+    try:
+        taken = output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir()))
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be used: {error.strerror}") from error
+    if taken:
+        raise UserError(
+            f"--output_dir {output_dir} exists and is not a converted checkpoint; "
+            "give a new directory"
+        )
+
+
+def _reuse(output_dir: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> SavedDecoder:
+    saved = SavedDecoder(output_dir)
+    files = {name: list(stat) for name, stat in checkpoint.files.items()}
+    if saved.description["source"].get("files") != files:
+        raise UserError(
+            f"--output_dir {output_dir} holds the conversion of other files "
+            f"({saved.description['source'].get('model')}); give a new directory"
+        )
+    say(f"{output_dir} holds this conversion already: nothing to do")
+    return saved
+
+
+def _check_space(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size + SPARE_BYTES:
+        raise UserError(
+            f"{directory.parent} has {free / 1e9:.2f} GB free, the checkpoint needs "
+            f"{(size + SPARE_BYTES) / 1e9:.2f} GB; free some, or give another --output_dir"
+        )
+
+
+def _stored_bytes(checkpoint: Checkpoint, source: WeightSource) -> int:
+    shapes = parameter_shapes(checkpoint.config)
+    dtypes = stored_dtypes(checkpoint.config, checkpoint.family, source)
+    return sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+
+
+def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
+    """The source's own files where it has any: they say more than the tokenizer made of them."""
+    target.mkdir()
+    if checkpoint.path.is_file():
+        checkpoint.tokenizer.save_pretrained(target)
+        return
+    for pattern in TOKENIZER_FILES:
+        for path in checkpoint.path.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+
+
+def _verify(partial: Path, checkpoint: Checkpoint, source: WeightSource, progress: bool) -> None:
+    """Restore what was written and hold it against the source's files, read once more."""
+    saved = SavedDecoder(partial)
+    family, config = saved.read_config()
+    if (family, config) != (checkpoint.family, checkpoint.config):
+        raise UserError(f"{partial}/{DESCRIPTION} does not give the source's config back")
+    with jax.enable_x64(True):
+        _, state = saved.restore(config, None)
+        compare_with_source(config, family, source, state, where=str(partial), progress=progress)
+    tokenizer = tokenizer_from_directory(saved.tokenizer_directory)
+    if _tokenizer_state(tokenizer) != _tokenizer_state(checkpoint.tokenizer):
+        raise UserError(
+            f"{saved.tokenizer_directory}: the tokenizer is not the source's when it is read back; "
+            "give the model as a Hugging Face directory"
+        )
+
+
+def _tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special

@@ -1,0 +1,302 @@
+"""The Hugging Face tokenizer that a GGUF file was made from, rebuilt from its metadata.
+
+A GGUF file names the kind of its tokenizer and holds the vocabulary; what transformers adds to that
+(how text is split, normalized and prefixed) is rebuilt by the kind. What the file does not say at all:
+whether an added token strips the spaces beside it, and whether it is looked for before the text is
+normalized or after (here: none strips, all are looked for before, as the models' own are).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.errors import UserError, is_panic
+
+# Token types of the GGUF format.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+
+# Splitting rules by the name that llama.cpp gives them. Each must be the original tokenizer's own:
+# a near one gives other tokens on runs of spaces and digits.
+_SIGNS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteLevelKind:
+    """What byte-level BPE tokenizers of one splitting rule have in common.
+
+    Attributes:
+        split: the words' expression; None for GPT-2's own.
+        splits_digits: whether digits are cut off one by one, before.
+        nfc: whether text is normalized to Unicode's form C.
+        ignore_merges: whether a whole word of the vocabulary is preferred to the product of its merges.
+        adds_bos: whether a text begins with BOS where the file does not say.
+    """
+
+    split: str | None
+    splits_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    adds_bos: bool = False
+
+
+_LLAMA3 = ByteLevelKind(
+    _WORDS + r"|\p{N}{1,3}" + _SIGNS_AND_SPACES, ignore_merges=True, adds_bos=True
+)
+BYTE_LEVEL_KINDS = {
+    "smollm": ByteLevelKind(None, splits_digits=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": ByteLevelKind(_WORDS + r"|\p{N}" + _SIGNS_AND_SPACES, nfc=True),
+    "gpt-2": ByteLevelKind(None),
+    "tekken": ByteLevelKind(
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+        + _SIGNS_AND_SPACES.replace(r"[\r\n]*", r"[\r\n/]*", 1),
+        ignore_merges=True,
+        adds_bos=True,
+    ),
+}
+
+SPACE = "\u2581"  # SentencePiece's letter for a space
+# transformers builds a Llama tokenizer by its class, whatever its tokenizer.json says: the first text
+# gets a space before it, unless it has one. Mistral's it takes as the tokenizer.json has them: every
+# text does, the ones behind special tokens among them. The files of both are "llama" files; Mistral's
+# vocabularies are known by the place of the space: 7B v0.1 and v0.2, and v0.3.
+_MISTRAL_SPACE_IDS = (28705, 29473)
+
+# The tokenizer's entries that are read, and those that say nothing with this value.
+_LISTS = ("tokens", "token_type", "scores", "merges")
+_READ = frozenset((*_LISTS, "model", "pre", "add_bos_token", "add_eos_token", "add_space_prefix"))
+_NEUTRAL = {
+    "add_sep_token": False,
+    "remove_extra_whitespaces": False,
+    "token_type_count": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a file: tokens[id], types[id]."""
+
+    tokens: Sequence[str]
+    types: Sequence[int]
+    ids: dict[str, int]
+
+    def of_type(self, *types: int) -> list[str]:
+        """The tokens of these types, by id."""
+        return [t for t, kind in zip(self.tokens, self.types, strict=True) if kind in types]
+
+
+def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
+    """The Hugging Face tokenizer that a GGUF file was made from.
+
+    Byte-level BPE of the kinds in `BYTE_LEVEL_KINDS`, and BPE by SentencePiece with bytes to fall back
+    on (Llama 2, Mistral, Gemma).
+
+    Raises:
+        UserError: a tokenizer of another kind; entries that are not understood; a vocabulary that is
+            incomplete or contradicts itself.
+    """
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = file.metadata("tokenizer.ggml.model")
+    if not isinstance(kind, str) or kind not in builders:
+        raise UserError(
+            f"{file.where}: tokenizer model {kind!r} is not supported in a GGUF file; supported: "
+            "gpt2 (byte-level BPE), llama (SentencePiece BPE). Use the model's Hugging Face directory "
+            "instead"
+        )
+    _refuse_unknown_entries(file)
+    try:
+        return builders[kind](file)
+    except UserError:
+        raise
+    except (
+        BaseException
+    ) as error:  # lists of another length, ids without a token, broken merges, ...
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"{file.where}: the tokenizer in its metadata is incomplete or damaged "
+            f"({type(error).__name__}: {told}); download the file again"
+        ) from error
+
+
+def _refuse_unknown_entries(file: GgufFile) -> None:
+    prefix = "tokenizer.ggml."
+    unknown = []
+    for name in file.metadata_names(prefix):
+        if name in _READ or re.fullmatch(r"\w+_token_ids?", name):
+            continue
+        value = file.metadata(prefix + name)
+        if name not in _NEUTRAL or value != _NEUTRAL[name]:
+            unknown.append(f"{prefix}{name} = {str(value)[:60]!r}")
+    if unknown:
+        raise UserError(
+            f"{file.where}: of the tokenizer is not understood: {'; '.join(unknown)}. Refused, because "
+            "the token ids could be others: give the model's Hugging Face directory instead"
+        )
+
+
+def _lists(file: GgufFile, *names: str) -> list[Any]:
+    lists = {name: file.metadata(f"tokenizer.ggml.{name}") for name in names}
+    missing = [f"tokenizer.ggml.{name}" for name, values in lists.items() if values is None]
+    if missing:
+        raise UserError(f"{file.where} has no {', '.join(missing)}; download the file again")
+    return list(lists.values())
+
+
+def _vocabulary(tokens: list[str], types: list[int]) -> Vocabulary:
+    """Without the names that the converter invents for ids which the tokenizer does not have."""
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("a token stands there twice")
+    ids = {
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if not (kind == UNUSED and token == f"[PAD{i}]")
+    }
+    return Vocabulary(tokens, types, ids)
+
+
+def _byte_level(file: GgufFile) -> PreTrainedTokenizerFast:
+    tokens, types, merges = _lists(file, "tokens", "token_type", "merges")
+    name = file.metadata("tokenizer.ggml.pre")
+    if name not in BYTE_LEVEL_KINDS:
+        raise UserError(
+            f"{file.where}: tokenizer splitting rule {name!r} is not supported in a GGUF file; "
+            f"supported: {', '.join(BYTE_LEVEL_KINDS)}. Use the model's Hugging Face directory instead"
+        )
+    kind = BYTE_LEVEL_KINDS[name]
+    vocabulary = _vocabulary(tokens, types)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids,
+            merges=[_pair(merge) for merge in merges],
+            ignore_merges=kind.ignore_merges,
+        )
+    )
+    if kind.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits: list[Any] = []
+    if kind.splits_digits:
+        splits.append(pre_tokenizers.Digits(individual_digits=True))
+    if kind.split is not None:
+        splits.append(pre_tokenizers.Split(Regex(kind.split), behavior="isolated"))
+    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _finish(file, tokenizer, vocabulary, adds_bos=kind.adds_bos)
+
+
+def _sentencepiece(file: GgufFile) -> PreTrainedTokenizerFast:
+    tokens, types, scores = _lists(file, "tokens", "token_type", "scores")
+    is_gemma = file.architecture.startswith("gemma")
+    if is_gemma:
+        # The converter writes the spaces of the tokens that users add as spaces. Gemma's runs of
+        # spaces are such tokens, and are looked up after the normalization.
+        tokens = [token.replace(" ", SPACE) if not token.strip(" ") else token for token in tokens]
+    vocabulary = _vocabulary(tokens, types)
+    merges = file.metadata("tokenizer.ggml.merges")
+    unknown = file.metadata("tokenizer.ggml.unknown_token_id")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids,
+            merges=(
+                list(_merges(vocabulary, scores, is_gemma))
+                if merges is None
+                else [_pair(merge) for merge in merges]
+            ),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    adds_prefix = file.metadata("tokenizer.ggml.add_space_prefix")
+    adds_prefix = not is_gemma if adds_prefix is None else adds_prefix
+    replace = normalizers.Replace(" ", SPACE)
+    if is_gemma or vocabulary.ids.get(SPACE) in _MISTRAL_SPACE_IDS:
+        prepend = [normalizers.Prepend(SPACE)] if adds_prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=SPACE, prepend_scheme="first" if adds_prefix else "never", split=False
+        )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [decoders.Strip(" ", 1, 0)] if adds_prefix else []
+    tokenizer.decoder = decoders.Sequence([*steps, *strip])
+    return _finish(file, tokenizer, vocabulary, adds_bos=True)
+
+
+def _merges(
+    vocabulary: Vocabulary, scores: Sequence[float], is_gemma: bool
+) -> Iterator[tuple[str, str]]:
+    """The merges that SentencePiece's scores stand for, the most wanted first.
+
+    Every cut of a token into two tokens is a merge; the better the token's score, the earlier. Gemma's
+    runs of spaces and lines come first of all, but the converter overwrites their scores, as it does
+    those of all tokens that users add; its vocabulary stands in the order of its merges.
+    """
+    mergeable = (NORMAL, UNUSED, *((USER_DEFINED,) if is_gemma else ()))
+    ids = {token: i for token, i in vocabulary.ids.items() if vocabulary.types[i] in mergeable}
+    if len(scores) != len(vocabulary.tokens):
+        raise ValueError(f"{len(scores)} scores for {len(vocabulary.tokens)} tokens")
+    order = ids if is_gemma else sorted(ids, key=lambda token: (-scores[ids[token]], ids[token]))
+    for token in order:
+        cuts = []
+        for cut in range(1, len(token)):
+            left = ids.get(token[:cut])
+            if left is not None and (right := ids.get(token[cut:])) is not None:
+                cuts.append((left, right))
+        for left, right in sorted(cuts):
+            yield vocabulary.tokens[left], vocabulary.tokens[right]
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, right = merge.split(" ")
+    return left, right
+
+
+def _finish(
+    file: GgufFile, tokenizer: Tokenizer, vocabulary: Vocabulary, *, adds_bos: bool
+) -> PreTrainedTokenizerFast:
+    """Added and special tokens, BOS and EOS, the chat template."""
+    special = vocabulary.of_type(CONTROL, UNKNOWN)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    defined = vocabulary.of_type(USER_DEFINED)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in defined])
+
+    named: dict[str, str] = {}
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = file.metadata(f"tokenizer.ggml.{theirs}_token_id")
+        if token_id is not None:
+            named[f"{ours}_token"] = vocabulary.tokens[token_id]
+    stated = file.metadata("tokenizer.ggml.add_bos_token")
+    before = [named["bos_token"]] if (adds_bos if stated is None else stated) else []
+    after = [named["eos_token"]] if file.metadata("tokenizer.ggml.add_eos_token") else []
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B", *after],
+            special_tokens=[(token, vocabulary.ids[token]) for token in {*before, *after}],
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named
+    )
+    fast.chat_template = file.metadata("tokenizer.chat_template")
+    return fast

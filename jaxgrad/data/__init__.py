@@ -1,0 +1,1 @@
+"""Data: files -> examples -> token ids -> padded batches. NumPy; no JAX."""

@@ -1,0 +1,1 @@
+"""Gradients: which weights, of which loss, as factors or as matrices."""
