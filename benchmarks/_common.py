@@ -6,22 +6,31 @@ import importlib.util
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
 sys.path.insert(0, str(ROOT / "bin"))
-# A GPU is shared with PyTorch, and a program from the cache has no time of compilation to tell.
+# A GPU is shared with PyTorch. From the cache a program would take no time to compile.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
-import _environment  # noqa: E402, F401 - must come before jaxgrad
+from _environment import use_project_environment  # noqa: E402
+
+use_project_environment()
 from absl import flags  # noqa: E402
 
 from jaxgrad.command_line import FlagGroup  # noqa: E402
+from jaxgrad.commands.huge_pages import restart_with_huge_pages  # noqa: E402
 from jaxgrad.errors import UserError  # noqa: E402
+
+# Not where a test imports this file.
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent == FOLDER:
+    restart_with_huge_pages()
 
 PACKAGES = ("jax", "jaxlib", "torch", "numpy")
 
@@ -33,7 +42,7 @@ def define_records_flags(*, limit: int) -> FlagGroup:
     flags.DEFINE_string(
         "model_path",
         None,
-        "As bin/analyze takes it. Not given: the embedded SmolLM2-135M-Instruct.",
+        "As analyze takes it. Not given: the embedded SmolLM2-135M-Instruct.",
     )
     return FlagGroup("Records", ("data_path", "limit", "model_path"))
 
@@ -62,7 +71,7 @@ def define_timing_flags(*, repeats: int) -> FlagGroup:
 
 
 def define_in_flight_flag(what: str) -> None:
-    """`--in_flight`: how many of `what` run at the same time."""
+    """The flag --in_flight: how many of `what` run at the same time."""
     flags.DEFINE_integer(
         "in_flight", None, f"{what} at the same time. Not given: as many as a run has batches.", 1
     )
@@ -123,8 +132,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round.
 
-    A round runs each once, starting one later than the round before, so that the machine's other work
-    hits all alike. A contender returns when its work is done, and was warmed up before.
+    A round runs each once. Each round begins with another one, so that other work on the machine slows all
+    alike. A contender was warmed up before, and returns when its work is done.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -158,7 +167,7 @@ def rounded(values: Any, digits: int = 4) -> Any:
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """LAPACK on one thread and float64 on, as in a run (`jaxgrad.measure.programs` says why)."""
+    """LAPACK on one thread and float64 on, as in a run (`jaxgrad.measure.blas` says why)."""
     import jax
 
     from jaxgrad.measure.blas import single_threaded_blas
@@ -204,6 +213,36 @@ def device_words() -> str:
     return f"{device.platform}{kind} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
+def memory_of_process(name: str) -> int:
+    """An entry of this process's status (VmHWM: peak, VmRSS: now), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
+
+
+def forget_peak() -> None:
+    """Set this process's peak to what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_own_process(script: str, *arguments: str, environment: dict[str, str] | None = None) -> Any:
+    """The last line that the benchmark `script` prints with these flags, as JSON.
+
+    If it fails, this process ends with its error.
+    """
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | (environment or {}),
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
     """A line of a table: the first column to the left, the others to the right."""
     pairs = zip(cells[1:], widths[1:], strict=True)
@@ -212,7 +251,7 @@ def print_row(cells: Sequence[str], widths: Sequence[int]) -> None:
 
 
 def print_json(benchmark: str, **content: Any) -> None:
-    """The last line: what was measured, where, with what."""
+    """The last line of a benchmark: what was measured, where, with what."""
     import jax
 
     from jaxgrad.results.provenance import commit

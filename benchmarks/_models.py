@@ -1,7 +1,7 @@
 """The models and records of the benchmarks: given ones, or random ones of published shapes.
 
-A random model has no tokenizer. Its examples are texts of token ids, "17 4711 ...", which a tokenizer of
-numbers reads, so that they take the way of any other records, on both sides.
+A random model has no tokenizer. Its examples are texts of token ids, such as "17 4711", and its tokenizer
+reads numbers. So they take the way of any other records, in jaxgrad and in PyTorch.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import numpy as np
 from _common import counts, torch_device
 from absl import flags
 
-from jaxgrad.errors import UserError
 from jaxgrad.data.examples import Example, Message, read_examples
+from jaxgrad.errors import UserError
 
-# From the config.json of each; what is not here has its family's default.
+# From the config.json of each. What is not here has its family's default.
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 _QWEN = {
     "model_type": "qwen2",
@@ -197,14 +197,14 @@ def random_models(
         name: of `SHAPES`.
         dtype: of the weights.
         layers: how many, None for all.
-        device: PyTorch's; None for no PyTorch model. With one, it draws the weights, and ours takes
-            them over; without, ours draws them on its device.
+        device: PyTorch's; None for no PyTorch model. A PyTorch model draws the weights, and ours copies
+            them. Without one, ours draws them.
     """
+    from jaxgrad.checkpoints import LoadedModel
+    from jaxgrad.checkpoints.fill import CanonicalSource, fill_decoder
     from jaxgrad.dtypes import DTYPES
     from jaxgrad.models.decoder import num_parameters
     from jaxgrad.models.families import read_config
-    from jaxgrad.checkpoints.fill import CanonicalSource, fill_decoder
-    from jaxgrad.checkpoints.load import LoadedModel
 
     raw = SHAPES[name] | ({} if layers is None else {"num_hidden_layers": layers})
     family, config = read_config(raw, name)

@@ -179,7 +179,7 @@ def _usage(name: str, flag: Any) -> str:
     if flag.boolean:
         return f"[no]{name}  (default: {'yes' if flag.default else 'no'})"
     choices = getattr(flag.parser, "enum_values", None)
-    if isinstance(flag.default, list) and not flag.multi:
+    if isinstance(flag.parser, flags.ListParser):
         value, shown = "A,B", ",".join(flag.default)
     else:
         value = "|".join(choices) if choices else flag.parser.flag_type().upper()

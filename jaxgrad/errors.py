@@ -1,22 +1,24 @@
-"""Errors that are the user's to mend.
+"""Errors that users can cause and fix.
 
-Everything a user can cause (a missing file, a broken record, an unsupported model) raises `UserError`
-with one line that says what is wrong, where, and how to mend it. The binaries print that line and exit
-with code 2; any other exception is a bug of ours and keeps its traceback.
+A missing file, a broken record or an unsupported model raises `UserError` with one line: what is
+wrong, where, and how to fix it. The commands print that line and exit with code 2. Any other exception
+is a bug and keeps its traceback.
 """
 
-# Exit codes of the binaries: what the user has to mend; a process of the group that died or cannot be
-# reached; "run me again" (EX_TEMPFAIL of sysexits.h); Ctrl-C. Both middle ones: the same command continues.
-BAD_INPUT, LOST_PROCESS, RUN_AGAIN, INTERRUPTED = 2, 69, 75, 130
+# Exit codes of the commands.
+BAD_INPUT = 2  # a `UserError`
+LOST_PROCESS = 69  # a process of the group died or cannot be reached; the same command continues
+RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+INTERRUPTED = 130  # Ctrl-C
 
 _LONGEST = 4000  # characters of a message
 
 
 class UserError(Exception):
-    """A bad input. The message is one line: what, where, how to mend.
+    """Bad input. The message is one line: what, where, how to fix it.
 
-    It may quote a file of a stranger's. What would steer a terminal, or cannot be printed at all, stands
-    as its escape; of a message that is very long the middle is left out.
+    It may quote a file that is not trusted. So characters that control a terminal or cannot be printed are
+    escaped, and the middle of a very long message is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,12 +30,12 @@ class UserError(Exception):
 
 
 class OutputError(UserError):
-    """The output directory cannot be used: full, locked, unwritable, or another run's.
+    """The output directory cannot be used: full, locked, not writable, or another run's.
 
-    Going on with other data or another model would not help, unlike after any other `UserError`.
+    Unlike after other `UserError`s, going on with other data or another model would not help.
     """
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a library in Rust gave up; such an error is no `Exception`, and has no public name."""
+    """Whether a Rust library panicked. Such an error is no `Exception`, and its class is not public."""
     return type(error).__name__ == "PanicException"

@@ -5,6 +5,7 @@ for it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jaxgrad.data.chat_template import uses_chat
@@ -30,7 +31,6 @@ class MeasureSettings:
 
     Attributes:
         selection: which weights.
-        loss: whose gradient is taken, a name in `gradients.loss.LOSSES`.
         method: "auto" (by factors or from the built matrix, whichever is cheaper, decided for each
             projection), "factored" (always by factors), "dense" (the weights' own gradients and SVDs).
         spectrum: keep the singular values.
@@ -39,16 +39,17 @@ class MeasureSettings:
         layerwise: reduce each layer inside the backward pass (see `measure.layerwise`): memory for one
             layer's factors, for a second forward pass; not with `similarity` or "dense".
         precision: of matrix products in the model.
+        loss: whose gradient is taken, a name in `gradients.loss.LOSSES`.
     """
 
     selection: "Selection"
-    loss: str = "response_mean"
     method: Method = "auto"
     spectrum: bool = False
     extremes: bool = False
     similarity: bool = False
     layerwise: bool = False
     precision: Precision = "highest"
+    loss: str = "response_mean"
 
     @property
     def can_be_layerwise(self) -> bool:
@@ -111,3 +112,8 @@ class AnalyzeOptions:
 
 # Options that the runs of earlier versions do not have.
 _LATER_OPTIONS = ("loss",)
+
+
+def with_later_options(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recorded options, and those that `AnalyzeOptions.identity` leaves out, at their defaults."""
+    return {name: getattr(AnalyzeOptions, name) for name in _LATER_OPTIONS} | dict(recorded)

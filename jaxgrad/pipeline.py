@@ -19,7 +19,7 @@ from jaxgrad.options import AnalyzeOptions
 from jaxgrad.processes.group import ALONE, Group
 from jaxgrad.results import ExampleResult, iter_results, write_authors_jsonl
 from jaxgrad.results.layout import AUTHORS_FILE
-from jaxgrad.results.urls import place_below
+from jaxgrad.results.urls import path_below
 from jaxgrad.runs.asked import ask_run, date_for, recorded_date, run_directories
 from jaxgrad.runs.plan import RunPlan, plan_run, settings_for
 from jaxgrad.runs.session import RunSummary, Session
@@ -152,6 +152,6 @@ def _say_nothing(line: str) -> None:
 def _write_jsonl(
     output_dir: str | Path, options: AnalyzeOptions, say: Callable[[str], None]
 ) -> None:
-    path = place_below(output_dir, AUTHORS_FILE)
+    path = path_below(output_dir, AUTHORS_FILE)
     count = write_authors_jsonl(iter_results(output_dir), path, with_spectrum=options.spectrum)
     say(f"authors' JSONL: {path} ({count} lines)")

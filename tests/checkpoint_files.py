@@ -15,8 +15,8 @@ import tiny_models
 from safetensors.numpy import load_file, save_file
 
 import jaxgrad
-from jaxgrad.errors import UserError
 from jaxgrad.checkpoints import LoadedModel, open_checkpoint
+from jaxgrad.errors import UserError
 from jaxgrad.models.decoder import named_parameters
 
 UNTIED = tiny_models.Tiny(4, 2, tied=False)

@@ -9,6 +9,31 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+TESTS = Path(__file__).resolve().parent
+# What `bin/test --fast` leaves out: modules that compile whole models, start processes, drive a browser,
+# or draw whole reports. A module with such tests only in part is split.
+WHOLE = (
+    "test_authors_similarity",
+    "test_bad_input",
+    "test_benchmarks",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only the modules of unit tests")
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--fast") and collection_path.stem in WHOLE:
+        return True
+    return None
+
+
+def pytest_configure(config):
+    unknown = [name for name in WHOLE if not (TESTS / f"{name}.py").is_file()]
+    if unknown:
+        raise pytest.UsageError(f"conftest.py: WHOLE names no module: {unknown}")
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Kills processes of a shared run at random moments, continues it with other numbers of processes.
+"""Kills processes of a shared run at random moments, and continues it with another number of processes.
 
-First one, two and four processes make the run undisturbed. Then, again and again: two or four begin it
-anew, one of them gets SIGKILL (or SIGTERM) at a random moment, all must end in bounded time and with the
-right code; then 1, 2, 3 or 4 processes continue. The Parquet files must be those of the single process,
-byte by byte. Prints a table; exits with 1 on any difference. BUILD_NOTES.md has the figures of a run.
+First 1, 2 and 4 processes make the run undisturbed. Then come the trials. In each, 2 or 4 processes
+begin a new run, and one of them gets SIGKILL or SIGTERM at a random moment. All must end in bounded time,
+with the right exit codes. Then 1, 2, 3 or 4 processes continue the run. Its Parquet files must be those of
+the single process, byte for byte. Prints a table; exits with 1 on any difference.
 """
 
 import argparse
@@ -29,12 +29,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10, help="trials with SIGKILL")
     parser.add_argument("--terms", type=int, default=10, help="trials with SIGTERM")
     parser.add_argument("--records", type=int, default=600, help="examples of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of moments, victims and numbers")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices")
     parser.add_argument("--timeout", type=int, default=5, help="--process_timeout of the processes")
     parser.add_argument(
-        "--calm", default="1,2,4", help="numbers of processes of the undisturbed runs, 1 first"
+        "--calm", default="1,2,4", help="how many processes make the undisturbed runs, 1 first"
     )
-    parser.add_argument("--limit", type=float, default=300, help="seconds that a session may take")
+    parser.add_argument(
+        "--limit", type=float, default=300, help="seconds that the processes may take"
+    )
     options = parser.parse_args()
     rng, bad = random.Random(options.seed), 0
     with tempfile.TemporaryDirectory() as name:
@@ -63,16 +65,14 @@ def main() -> int:
             "\nsignal   victim  moment  batches  codes             ended after  "
             "continued by  result"
         )
-        plan = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
-        for trial, number in enumerate(plan):
+        signals = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
+        for trial, number in enumerate(signals):
             count = rng.choice((2, 4))
-            victim, moment = (
-                rng.randrange(count),
-                rng.uniform(0.0, seconds.get(count, max(seconds.values()))),
-            )
+            victim = rng.randrange(count)
+            moment = rng.uniform(0.0, seconds.get(count, max(seconds.values())))
             again = rng.choice((1, 2, 3, 4))
             output_dir = folder / f"trial-{trial}"
-            # Every other one while it measures; of all moments most are those of its start.
+            # Most moments of a run are in its start. So every other trial waits for the first batch.
             if trial % 2:
                 processes = start_and_wait(folder, output_dir, count, 1, timeout=options.timeout)
                 moment = rng.uniform(0.0, 3.0)
@@ -89,7 +89,7 @@ def main() -> int:
                 codes = [process.code for process in ended]
                 others = set(codes[:victim] + codes[victim + 1 :])
                 allowed = AFTER_KILL if number == signal.SIGKILL else AFTER_TERM
-                # Before Python has its handler, SIGTERM ends it as any program: by the signal.
+                # Until the handler is installed, SIGTERM kills the process.
                 own = {0, -number} if number == signal.SIGKILL else {0, 75, -number}
                 if not (others <= allowed and codes[victim] in own):
                     wrong.append(f"codes {codes}: {[process.stderr[-300:] for process in ended]}")
@@ -111,7 +111,7 @@ def main() -> int:
                 f"{lasted:10.1f}s  {again:12d}  {', '.join(wrong) or 'same bytes'}",
                 flush=True,
             )
-    print(f"\n{len(plan)} trials, {bad} with differences")
+    print(f"\n{len(signals)} trials, {bad} with differences")
     return 1 if bad else 0
 
 

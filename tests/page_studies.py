@@ -78,9 +78,11 @@ def cell(
         example_ids=tuple(ids or (f"aqua-{e:03d}" for e in range(examples))),
         instructions=tuple(instructions or texts),
         responses=tuple(responses or answers),
-        loss_E=0.4 + random.random(examples),
-        response_tokens_E=np.arange(examples) * 3.0 + 5,
         truncated_E=np.arange(examples) == 1,
+        column_E={
+            "loss": 0.4 + random.random(examples),
+            "num_response_tokens": np.arange(examples) * 3.0 + 5,
+        },
         column_ELP={
             "nuclear_norm": norm, "sigma_max": norm * ratio, "effective_rank": rank,
             "rank_bound": np.full(norm.shape, 40.0),

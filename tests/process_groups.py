@@ -1,4 +1,4 @@
-"""Real processes of bin/analyze on this machine, on a tiny model, by loopback."""
+"""Starts real processes of bin/analyze that share a run on this machine, on a tiny model."""
 
 import dataclasses
 import hashlib
@@ -16,8 +16,9 @@ from tiny_models import Tiny, save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 ANALYZE = ROOT / "bin" / "analyze"
-WINDOW = 256  # of jaxgrad.runs.windows, which would bring JAX into a script that only starts processes
-# All examples have one batch shape, because each process compiles it anew.
+# As in jaxgrad.runs.plan. That module imports JAX, which scripts that only start processes do not need.
+WINDOW = 256
+# All examples have one batch shape, because each process compiles each shape.
 FLAGS = [
     "--chat=no",
     "--max_length=32",
@@ -27,7 +28,7 @@ FLAGS = [
 
 
 def make_inputs(folder: Path, num_records: int) -> None:
-    """A model and a data file; some records cannot be measured."""
+    """Writes a model and a data file. Some records cannot be measured."""
     save_tiny(Tiny(4, 2, tied=False, width=52), folder / "model")
     rows = [
         {"instruction": "what" + " a b" * (i % 2), "input": "", "output": f"so it is {i}"}
@@ -46,12 +47,12 @@ def free_port() -> int:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For children that share one cache of compiled programs."""
-    own = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    """The environment of the processes, which share a cache of compiled programs."""
+    jax = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "TPU_"))}
-    return kept | own | threads
+    return kept | jax | threads
 
 
 @dataclasses.dataclass
@@ -64,7 +65,7 @@ class Ended:
 
 
 class Processes:
-    """Processes that share a run, as somebody would start them on as many hosts."""
+    """Processes that share a run, started as on several hosts."""
 
     def __init__(
         self, folder: Path, output_dir: Path, count: int, *, timeout: int = 5, flags: tuple = ()
@@ -87,16 +88,16 @@ class Processes:
         ]
 
     def signal(self, process: int, number: signal.Signals) -> bool:
-        """Whether the process was still there to get it."""
-        there = self.processes[process].poll() is None
+        """Sends a signal to a process. Whether it was still running."""
+        running = self.processes[process].poll() is None
         self.processes[process].send_signal(number)
-        return there
+        return running
 
     def wait(self, seconds: float) -> list[Ended]:
-        """How they ended.
+        """How all of them ended.
 
         Raises:
-            TimeoutError: one did not within `seconds`; all are killed.
+            TimeoutError: one did not end within `seconds`; all are killed.
         """
         until = time.monotonic() + seconds
         try:
@@ -115,15 +116,16 @@ class Processes:
 def start_and_wait(
     folder: Path, output_dir: Path, count: int, batches: int, **options
 ) -> Processes:
-    """Processes that have recorded so many more batches, of one example each."""
+    """Starts processes, and waits until they have recorded so many batches of one example each."""
 
-    def there() -> int:
+    def num_recorded() -> int:
         merged = len(list(output_dir.glob("examples/part-*.parquet")))
         return len(list(output_dir.glob("journal/*.batch"))) + WINDOW * merged
 
-    before, processes = there(), Processes(folder, output_dir, count, **options)
+    enough = num_recorded() + batches
+    processes = Processes(folder, output_dir, count, **options)
     until = time.monotonic() + 300
-    while time.monotonic() < until and there() < before + batches:
+    while time.monotonic() < until and num_recorded() < enough:
         if any(process.poll() is not None for process in processes.processes):
             raise AssertionError(f"ended before {batches} batches: {processes.wait(100)}")
         time.sleep(0.01)
@@ -131,7 +133,7 @@ def start_and_wait(
 
 
 def digest(output_dir: Path) -> str:
-    """Of all Parquet files, by name and bytes."""
+    """A digest of all Parquet files: names and bytes."""
     found = hashlib.sha256()
     for path in sorted(output_dir.rglob("*.parquet")):
         found.update(str(path.relative_to(output_dir)).encode() + path.read_bytes())
@@ -139,7 +141,7 @@ def digest(output_dir: Path) -> str:
 
 
 def faults(output_dir: Path, num_records: int, num_matrices: int) -> list[str]:
-    """What is wrong with a finished run besides its bytes: rows missing, rows twice, things left over."""
+    """What is wrong with a finished run: rows missing, rows twice, files left over, wrong counts."""
     run = json.loads((output_dir / "run.json").read_text())
     examples = pd.read_parquet(output_dir / "examples")
     matrices = pd.read_parquet(output_dir / "matrices")
@@ -155,4 +157,4 @@ def faults(output_dir: Path, num_records: int, num_matrices: int) -> list[str]:
         "temporaries": bool(list(output_dir.rglob(".*.tmp"))),
         "wrong counts": run["counts"]["examples"] != num_records or run["counts"]["ok"] != measured,
     }
-    return [what for what, so in wrong.items() if so]
+    return [what for what, found in wrong.items() if found]

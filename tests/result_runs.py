@@ -53,7 +53,7 @@ def complete(path: str | Path, computed: list[int] | None = None) -> None:
             if run.window_done(window):
                 continue
             for number, batch in enumerate(batches):
-                if not run.batch_done(window, number):
+                if (window, number) not in run.journaled_batches():
                     run.write_batch(window, number, [measured(index) for index in batch])
                     if computed is not None:
                         computed.extend(batch)

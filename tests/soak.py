@@ -9,28 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decoder_configs import tiny_config
 
-from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.data.batches import BatchShape, ExampleArrays
 from jaxgrad.gradients.selection import select_parameters
-from jaxgrad.options import MeasureSettings
-from jaxgrad.models import AttentionKind, DecoderConfig, Rope
-from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.measure.programs import Programs
+from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.options import MeasureSettings
 
-CONFIG = DecoderConfig(
+CONFIG = tiny_config(
     vocab_size=211,
     width=96,
     mlp_width=160,
     num_layers=2,
     num_heads=6,
-    num_kv_heads=2,
     head_size=16,
     max_positions=256,
-    activation="silu",
-    norm_epsilon=1e-5,
-    kinds=(AttentionKind(Rope(10000.0)),),
-    layer_kinds=(0, 0),
-    tied_embeddings=False,
 )
 # Around every threshold: T below and above the short sides 32 (k, v) and 96 (q, o, gate, up, down).
 SHAPES = [

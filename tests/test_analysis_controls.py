@@ -70,8 +70,8 @@ def test_matching_by_hand():
     # 10 with 10, 20 with 21 (nearer than 22); 3 and 100 have nobody within 10 %.
     pairs = match.pairs
     tokens = (
-        match.first.response_tokens_E[pairs.first],
-        match.second.response_tokens_E[pairs.second],
+        match.first.response_tokens[pairs.first],
+        match.second.response_tokens[pairs.second],
     )
     assert [t.tolist() for t in tokens] == [[10, 20], [10, 21]]
     assert match.difference_after == pytest.approx(np.log(21 / 20) / 2)
@@ -94,8 +94,8 @@ def test_matching_is_the_best_of_all_matchings():
             best = min(best, (-len(inside), inside.sum()))
         match = match_response_tokens(of_length(one, "1"), of_length(two, "2"), caliper=caliper)
         gaps = np.abs(
-            np.log(match.second.response_tokens_E[match.pairs.second])
-            - np.log(match.first.response_tokens_E[match.pairs.first])
+            np.log(match.second.response_tokens[match.pairs.second])
+            - np.log(match.first.response_tokens[match.pairs.first])
         )
         assert len(gaps) == -best[0] and gaps.sum() == pytest.approx(best[1])
 
@@ -148,8 +148,8 @@ def test_regression_tells_length_from_the_set():
     np.testing.assert_allclose(result.slope_P.estimate, -0.5, rtol=1e-9)
     np.testing.assert_allclose(result.adjusted_P.estimate, np.log(0.5), rtol=1e-9)
     assert (result.contrast_P.estimate < np.log(0.5) - 0.2).all()
-    inside = (one.response_tokens_E >= two.response_tokens_E.min()).sum()
-    inside += (two.response_tokens_E <= one.response_tokens_E.max()).sum()
+    inside = (one.response_tokens >= two.response_tokens.min()).sum()
+    inside += (two.response_tokens <= one.response_tokens.max()).sum()
     assert result.overlap == inside / 120
 
 
@@ -163,7 +163,8 @@ def test_coverage_of_the_adjusted_contrast():
             tokens = rng.integers(*range_, 60).astype(float)
             norm = factor * tokens**-0.5 * np.exp(0.4 * rng.normal(size=60))
             column = examples.column_ELP | {"nuclear_norm": norm[:, None, None]}
-            sets.append(dataclasses.replace(examples, response_tokens_E=tokens, column_ELP=column))
+            lengths = examples.column_E | {"num_response_tokens": tokens}
+            sets.append(dataclasses.replace(examples, column_E=lengths, column_ELP=column))
         interval = length_regression(*sets, resampling=FAST).adjusted_P
         hits.append(bool(interval.low <= np.log(0.5) <= interval.high))
     print(f"coverage: adjusted contrast percentile {100 * np.mean(hits):.1f} %")

@@ -33,7 +33,7 @@ def test_every_value_in_its_place_and_everyone_left_out_is_named():
     np.testing.assert_array_equal(values.value_ELP, [norms(0), norms(3)[[1, 2, 0]]])
     np.testing.assert_array_equal(values.per_example, values.value_ELP.mean(axis=1))
     assert examples.example_ids == ("id-0", "id-3")
-    assert examples.response_tokens_E.tolist() == [7, 11]
+    assert examples.response_tokens.tolist() == [7, 11]
     assert examples.num_truncated == 1 and examples.has_every_layer
     assert {item.example_index: item.reason for item in examples.left_out} == {
         1: "skipped: why skipped",

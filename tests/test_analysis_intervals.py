@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from jaxgrad.analysis import Resampling, bootstrap, curves, intervals, resampling
-from jaxgrad.analysis.intervals import MeanDraws, bootstrap_difference, interval_from_draws
+from jaxgrad.analysis.intervals import MeanDraws, interval_from_draws
 from jaxgrad.analysis.resampling import resample_weights, strata_of
 from jaxgrad.errors import UserError
 
@@ -159,7 +159,7 @@ def test_statistics_that_share_their_draws_have_the_intervals_of_their_own(monke
     wanted = [
         bootstrap(curves.relative_difference, *sets, **options),
         bootstrap(curves.mean_absolute_rd, *sets, method="bca", **options),
-        bootstrap_difference(curves.mad, *sets, **options),
+        MeanDraws(*sets, **options).difference(curves.mad),
     ]
     drawn = []
     draw = intervals.resample_weights
@@ -303,9 +303,8 @@ def test_coverage_of_a_difference_of_mad(step, noise):
             log_normal(rng, NUM_EXAMPLES, curve, noise=n)
             for curve, n in zip(truths, (0.3, noise), strict=True)
         ]
-        interval = bootstrap_difference(
-            curves.mad, *values, resampling=Resampling(num_resamples=500, seed=study)
-        )
+        draws = MeanDraws(*values, resampling=Resampling(num_resamples=500, seed=study))
+        interval = draws.difference(curves.mad)
         target = curves.mad(truths[1]) - curves.mad(truths[0])
         hits.append(((interval.low <= target) & (target <= interval.high)).mean())
     print(f"coverage: MAD difference, step {step}, noise {noise} {100 * np.mean(hits):.1f} %")
@@ -316,7 +315,7 @@ def test_a_difference_by_hand():
     rng = np.random.default_rng(2)
     first, second = rng.lognormal(size=(2, 30, L, P)) * 0.01 + np.arange(L)[:, None]
     pairs = (np.arange(30), np.arange(30)[::-1])
-    result = bootstrap_difference(curves.mad, first, second, pairs=pairs)
+    result = MeanDraws(first, second, pairs=pairs).difference(curves.mad)
     plain = bootstrap(
         lambda a, b: curves.mad(b) - curves.mad(a), first, second, pairs=pairs, method="basic"
     )
@@ -326,9 +325,9 @@ def test_a_difference_by_hand():
     # Steps of 1 with an error of 0.003: no bias, and the hull is hardly wider than basic.
     assert (result.high - result.low < 1.2 * (plain.high - plain.low)).all()
     assert result.note is None
-    flat = bootstrap_difference(curves.mad, *(3 + rng.normal(size=(2, 30, 41, P))))
+    flat = MeanDraws(*(3 + rng.normal(size=(2, 30, 41, P)))).difference(curves.mad)
     assert flat.note.startswith("mostly noise")
-    single = bootstrap_difference(curves.mad, first[:1], second)
+    single = MeanDraws(first[:1], second).difference(curves.mad)
     assert np.isnan(single.low).all() and "fewer than 2" in single.note
 
 

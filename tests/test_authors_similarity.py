@@ -9,7 +9,7 @@ import pytest
 from analysis_runs import PROJECTIONS, example, identity, results, with_cosines
 
 from jaxgrad.analysis import (
-    STATISTICS,
+    DEFAULT_STATISTICS,
     Resampling,
     contrast,
     describe,
@@ -136,7 +136,7 @@ def test_partners_alone_and_a_projection_without(tmp_path):
     assert list(record["cosine_sim"]) == ["k_proj", "v_proj", "o_proj"]
     assert list(record["cosine_sim_qkvo"]["0"]) == ["q_proj_x_o_proj"]
     given.matrices["layer_cosines"][1] = np.ones(L + 1)
-    with pytest.raises(UserError, match="Example 0 has not one cosine for each of its 3 layers"):
+    with pytest.raises(UserError, match="Example 0 has 4 cosines of a matrix of k, for 3 layers"):
         exported(tmp_path, [given], with_spectrum=True)
 
 
@@ -278,7 +278,7 @@ def test_an_export_gives_the_report_of_its_run(tmp_path, with_spectrum):
         one, two = (describe(pair[0].values(statistic), FAST) for pair in sets)
         assert one.mad_P is not None
         assert_same(one, two, rtol)
-    for statistic in set(STATISTICS) - set(carried):
+    for statistic in set(DEFAULT_STATISTICS) - set(carried):
         with pytest.raises(UserError, match=r"a: \w+ was not measured, and .* needs it"):
             contrast(*sets[1], statistic)
     for control in (sum_loss_contrast, matched_contrast, length_regression):

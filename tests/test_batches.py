@@ -13,9 +13,9 @@ from jaxgrad.data.batches import (
     choose_row_shapes,
     plan_batches,
 )
-from jaxgrad.errors import UserError
 from jaxgrad.data.examples import Example, Message
 from jaxgrad.data.tokens import EMPTY_RESPONSE, TokenizedExample
+from jaxgrad.errors import UserError
 
 GRID = [octave + step * octave // 8 for octave in (32, 64, 128, 256) for step in range(8)] + [512]
 

@@ -16,13 +16,13 @@ from jaxgrad.spectra import Algorithm
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
-NAMES = ("end_to_end", "overhead", "spectra", "plot_end_to_end", "sharded_memory")
+NAMES = sorted(p.name for p in FOLDER.iterdir() if p.is_file() and "." not in p.name)
 
 
 def start(name, *flags):
-    # Warnings of third parties are not the benchmarks' to mend, strict promotion is for our own tests.
+    # Warnings of other packages do not matter here; strict promotion is for our own tests.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
-    # More threads of PyTorch's than free cores wait for each other by spinning.
+    # With more threads than free cores, PyTorch's threads spin while they wait for each other.
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / name), *flags]
     return subprocess.Popen(
@@ -45,10 +45,10 @@ def refused(process):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """The last line and the whole output of each benchmark, run side by side: most of it is imports."""
+    """The last line and the whole output of each benchmark; all run at once, as most of it is imports."""
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny_models.save_tiny(tiny_models.ZOO["mha_untied"], folder / "model")
-    # Of one length, so that each program is compiled once.
+    # All of one length, so that each program is compiled once.
     records = [{"instruction": f"return {k}", "output": " text"} for k in range(3)]
     data = folder / "records.json"
     data.write_text(json.dumps(records), "utf-8")
@@ -145,7 +145,7 @@ def test_help_says_what_each_does():
 
 def test_the_shapes_are_the_published_ones(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    # What it would set for a whole process is for benchmarks only.
+    # It sets these for its whole process; the other tests must not see them.
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from _models import SHAPES

@@ -14,11 +14,11 @@ from tiny_models import BOS
 
 import jaxgrad
 from jaxgrad import reference
-from jaxgrad.errors import UserError
 from jaxgrad.data.examples import Example, Message
+from jaxgrad.data.tokens import Protocol, tokenize
+from jaxgrad.errors import UserError
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.reference.compare import check_tokens
-from jaxgrad.data.tokens import Protocol, tokenize
 
 FOLDER = Path(__file__).parent
 TEMPLATES = {

@@ -24,11 +24,10 @@ from checkpoint_files import (
 from flax import nnx
 
 import jaxgrad
-from jaxgrad.checkpoints import convert
+from jaxgrad.checkpoints import convert, fill, saved
 from jaxgrad.checkpoints.convert import convert_model
-from jaxgrad.errors import UserError
-from jaxgrad.checkpoints import fill, saved
 from jaxgrad.checkpoints.saved import DESCRIPTION
+from jaxgrad.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 # A fused weight read transposed, one that alternates by head, a decoder inside a larger model.
@@ -209,7 +208,7 @@ def test_what_an_interrupted_conversion_left_is_replaced(source, tmp_path, monke
 def test_a_full_disk_is_told_before_anything_is_read(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(fill, "read_parts", None)
+    monkeypatch.setattr(fill, "read_weights", None)
     assert "has 0.00 GB free, the checkpoint needs 0.07 GB" in refusal(source, tmp_path / "d")
 
 

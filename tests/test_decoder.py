@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_configs import tiny_config
 from flax import nnx
 
 import jaxgrad
+from jaxgrad.checkpoints import LoadedModel
 from jaxgrad.errors import UserError
 from jaxgrad.models import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import abstract_decoder, num_parameters
@@ -19,21 +21,7 @@ from jaxgrad.models.families.common import ACTIVATIONS
 NUM_TOKENS = 11
 LLAMA3 = Rope(500.0, "llama3", 8.0, 1.0, 4.0, 16)
 LONG = Rope(500.0, "longrope", 1.0, 1.0, 1.0, 7, (1.0, 1.5, 2.0), (2.0, 3.0, 5.0))
-BASE = DecoderConfig(
-    vocab_size=31,
-    width=20,
-    mlp_width=23,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=6,
-    max_positions=67,
-    activation="silu",
-    norm_epsilon=1e-5,
-    kinds=(AttentionKind(Rope(500.0)),),
-    layer_kinds=(0, 0, 0),
-    tied_embeddings=False,
-)
+BASE = tiny_config()
 
 
 def of_kind(rope: Rope | None, window: int | None = None) -> DecoderConfig:
@@ -72,9 +60,7 @@ class FixedTokenizer:
 
 def allows_50_tokens(config: DecoderConfig) -> bool:
     graphdef, state = abstract_decoder(config, jnp.float32)
-    model = jaxgrad.models.LoadedModel(
-        "tiny", config, graphdef, state, FixedTokenizer(), "", "float32"
-    )
+    model = LoadedModel("tiny", config, graphdef, state, FixedTokenizer(), "", "float32")
     try:
         return not list(jaxgrad.analyze(model, [], jaxgrad.AnalyzeOptions(max_length=50)))
     except UserError as error:

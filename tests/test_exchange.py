@@ -80,9 +80,9 @@ def ends(*threads):
     return [thread.found for thread in threads]
 
 
-def together(work, group):
-    """What `work(exchange)` returns in each of several threads."""
-    return ends(*[start(work, exchange) for exchange in group])
+def together(work, count):
+    """What `work(k, exchange)` returns in each of several threads k."""
+    return ends(*[start(work, k, exchange) for k, exchange in enumerate(exchanges(count))])
 
 
 def test_a_process_on_its_own(asked_to_stop):
@@ -115,8 +115,7 @@ def test_several_get_the_same_values_in_the_order_of_their_calls():
         made.append(value)
         return value
 
-    def work(exchange):
-        k = exchange._process_id
+    def work(k, exchange):
         return [
             exchange.from_leader(lambda: make(("first", k))),
             exchange.gather((k, k * k)),
@@ -125,20 +124,20 @@ def test_several_get_the_same_values_in_the_order_of_their_calls():
             exchange.gather(None),
         ]
 
-    found = together(work, exchanges(3))
+    found = together(work, 3)
     squares = [[0, 0], [1, 1], [2, 4]]
     assert found == [[["first", 0], squares, AS_JSON, [[], [], []], [None] * 3]] * 3
     assert made == [("first", 0), VALUE]  # in process 0 alone
 
 
 def test_a_count_does_not_take_part_in_the_order_of_the_calls():
-    def work(exchange):
-        for _ in range(exchange._process_id):
+    def work(k, exchange):
+        for _ in range(k):
             exchange.count("examples", 5)
         exchange.wait_for_all()
         return exchange.count("examples"), exchange.from_leader(lambda: "same")
 
-    assert together(work, exchanges(3)) == [(15, "same")] * 3
+    assert together(work, 3) == [(15, "same")] * 3
 
 
 def test_nobody_passes_a_barrier_before_all_are_there():

@@ -16,7 +16,6 @@ from test_parity import LONG, OPTIONS, SHORT, Case, our_logits, torch_logits
 
 from jaxgrad import reference
 from jaxgrad.data.batches import Batch, BatchShape, batch_arrays
-from jaxgrad.data.batches import example_arrays
 from jaxgrad.gradients.factors import example_gradients
 from jaxgrad.gradients.selection import parameter_names
 from jaxgrad.models.decoder import projections_of
@@ -55,11 +54,11 @@ def test_a_family_gives_pytorch_s_numbers(case, dtype):
         assert losses[b] == pytest.approx(row.loss, rel=allowed["loss"])
         names = list(zip(row.matrices["projection"], row.matrices["layer"], strict=True))
         assert len(names) == len(parameter_names(case.model(dtype).config))
-        for place, (projection, layer) in enumerate(names):
+        for index, (projection, layer) in enumerate(names):
             ours = describe(gradients[projection][b, layer or 0])
             for statistic, value in ours.items():
                 tolerance = allowed["norms" if statistic in NORMS else statistic]
-                wanted = row.matrices[statistic][place]
+                wanted = row.matrices[statistic][index]
                 assert value == pytest.approx(wanted, rel=tolerance), (projection, layer, statistic)
 
 
@@ -67,11 +66,8 @@ def our_gradients(case, dtype):
     """Losses [B], and the gradients [B, L, O, I] of every projection."""
     model = case.model(dtype)
     names = projections_of(model.config)
-    arrays = batch_arrays(Batch(SHAPE, (0, 1)), case.tokenized)
+    batch = batch_arrays(Batch(SHAPE, (0, 1)), case.tokenized)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        batch = example_arrays(
-            arrays.tokens_T, arrays.positions_S, arrays.labels_S, arrays.weights_S
-        )
 
         def one(example):
             loss, factors, _ = example_gradients(model.graphdef, model.state, example, names)
@@ -109,4 +105,4 @@ def test_the_whole_program_gives_pytorch_s_numbers(case, dtype):
         case.directory, [SHORT, LONG], options, say=lambda _: None, progress=False
     )
     tolerances = reference.default_tolerances(dtype)
-    assert comparison.within(tolerances), comparison.table(tolerances)
+    assert not comparison.beyond(tolerances), comparison.table(tolerances)

@@ -12,8 +12,8 @@ from checkpoint_files import assert_same_parameters, load, refusal, write_json
 from safetensors.numpy import load_file, save_file
 
 from jaxgrad.checkpoints import open_checkpoint
-from jaxgrad.models.families import FAMILIES, Key
 from jaxgrad.checkpoints.fill import wanted_weights
+from jaxgrad.models.families import FAMILIES, Key
 
 # One model a family; where one is fused or renamed, that one.
 MODELS = {model.model_type: model for model in family_models.MODELS.values()}

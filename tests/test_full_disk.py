@@ -31,18 +31,18 @@ def test_a_disk_that_fills_under_a_run(tmp_path):
     calm = analyze(model, data, tmp_path / "calm")
     assert calm.returncode == 0, calm.stderr
     with small_disk(tmp_path / "disk", "600k") as resize:
-        place = tmp_path / "disk/run"
-        full = analyze(model, data, place)
+        run_dir = tmp_path / "disk/run"
+        full = analyze(model, data, run_dir)
         assert full.returncode == 2
         errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "The disk is full" in errors[0], full.stderr
         assert "Traceback" not in full.stderr and "run the same command again" in errors[0]
-        before = parts(place)
+        before = parts(run_dir)
         batches = [name for name in before if name.startswith("journal/")]
         assert len(batches) > 50 and not [name for name in before if name.endswith(".tmp")]
-        again = analyze(model, data, place)
-        assert again.returncode == 2 and parts(place).items() >= before.items()
+        again = analyze(model, data, run_dir)
+        assert again.returncode == 2 and parts(run_dir).items() >= before.items()
         resize("64m")
-        last = analyze(model, data, place)
+        last = analyze(model, data, run_dir)
         assert last.returncode == 0, last.stderr
-        assert parts(place) == parts(tmp_path / "calm")
+        assert parts(run_dir) == parts(tmp_path / "calm")

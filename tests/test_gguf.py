@@ -20,13 +20,13 @@ from checkpoint_files import (
 )
 from gguf_files import CASES, Q8_0, Case
 
-from jaxgrad.errors import UserError
-from jaxgrad.models.families import read_config
-from jaxgrad.models.families.attributes import IRRELEVANT
 from jaxgrad.checkpoints.fill import fill_decoder
 from jaxgrad.checkpoints.gguf_families import GGUF_FAMILIES, config_from_metadata
 from jaxgrad.checkpoints.gguf_source import GgufFile
 from jaxgrad.checkpoints.sources import SafetensorsDirectory, read_model_config
+from jaxgrad.errors import UserError
+from jaxgrad.models.families import read_config
+from jaxgrad.models.families.attributes import IRRELEVANT
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -316,8 +316,8 @@ def test_a_gguf_file_that_is_cut_is_refused(tmp_path, part):
     [
         ("token_type", 8, f"a list of {2**60} values"),
         ("tokens", 8, f"a list of {2**60} values"),
-        ("tokens", 16, "it ends in what stands at byte"),  # the first string's length
-        ("merges", 16, "it ends in what stands at byte"),
+        ("tokens", 16, "it ends inside the value at byte"),  # the first string's length
+        ("merges", 16, "it ends inside the value at byte"),
     ],
 )
 def test_a_gguf_file_that_lies_about_a_length_does_not_hang(tmp_path, name, offset, told):

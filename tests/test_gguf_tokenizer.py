@@ -5,9 +5,9 @@ import pytest
 from checkpoint_files import refusal, write_gguf
 from gguf_tokenizers import BYTE_LEVEL, SPACE, TEXTS
 
-from jaxgrad.errors import UserError
 from jaxgrad.checkpoints.gguf_source import GgufFile
 from jaxgrad.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from jaxgrad.errors import UserError
 
 ARCHITECTURES = {"gemma": "gemma2", "qwen2": "qwen2"}
 KINDS = (*BYTE_LEVEL, "llama", "mistral", "gemma")
@@ -131,7 +131,7 @@ def test_an_exact_score_order_decides_and_not_the_ids(tmp_path):
         ({"tokenizer.ggml.merges": ["t h e"]}, "incomplete or damaged"),
         ({"tokenizer.ggml.merges": ["xyz q"]}, "incomplete or damaged"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "incomplete or damaged"),
-        ({"tokenizer.ggml.tokens": ["a"] * 7}, "a token stands there twice"),
+        ({"tokenizer.ggml.tokens": ["a"] * 7}, "a token is there twice"),
         ({"tokenizer.ggml.bos_token_id": 10**6}, "incomplete or damaged"),
         ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}, "damaged"),
         (

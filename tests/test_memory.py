@@ -4,18 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from decoder_configs import tiny_config
 
-from jaxgrad.measure import memory
 from jaxgrad.data.batches import BatchShape
 from jaxgrad.gradients.selection import select_parameters
-from jaxgrad.options import MeasureSettings
+from jaxgrad.measure import memory
 from jaxgrad.measure.memory import choose_batch_tokens, predict_disk, predict_memory
-from jaxgrad.models import AttentionKind, DecoderConfig, Rope
-from jaxgrad.models.decoder import num_parameters
 from jaxgrad.measure.programs import Programs
+from jaxgrad.models.decoder import num_parameters
+from jaxgrad.options import MeasureSettings
 from jaxgrad.results import schema
 
-SMOL = DecoderConfig(  # SmolLM2-135M
+SMOL = tiny_config(  # SmolLM2-135M
     vocab_size=49152,
     width=576,
     mlp_width=1536,
@@ -23,34 +23,26 @@ SMOL = DecoderConfig(  # SmolLM2-135M
     num_heads=9,
     num_kv_heads=3,
     head_size=64,
-    max_positions=8192,
-    activation="silu",
-    norm_epsilon=1e-5,
-    kinds=(AttentionKind(Rope(100000.0)),),
-    layer_kinds=(0,) * 30,
     tied_embeddings=True,
 )
-QWEN = dataclasses.replace(  # Qwen2-1.5B, two layers of it
-    SMOL,
+QWEN = tiny_config(  # Qwen2-1.5B, two layers of it
     vocab_size=151936,
     width=1536,
     mlp_width=8960,
     num_layers=2,
     num_heads=12,
-    num_kv_heads=2,
     head_size=128,
-    layer_kinds=(0, 0),
+    tied_embeddings=True,
     qkv_bias=True,
 )
-TINY = dataclasses.replace(
-    SMOL,
+TINY = tiny_config(
     vocab_size=300,
     width=132,
     mlp_width=71,
-    num_layers=3,
     num_heads=6,
+    num_kv_heads=3,
     head_size=14,
-    layer_kinds=(0,) * 3,
+    tied_embeddings=True,
 )
 
 

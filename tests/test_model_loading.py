@@ -23,10 +23,10 @@ from checkpoint_files import (
     write_model,
 )
 
-from jaxgrad.errors import UserError
 from jaxgrad.checkpoints import open_checkpoint, sources
 from jaxgrad.checkpoints.gguf_source import GgufFile
 from jaxgrad.checkpoints.sources import Fingerprint, SafetensorsDirectory
+from jaxgrad.errors import UserError
 
 # Values
 

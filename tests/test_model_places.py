@@ -14,9 +14,9 @@ from checkpoint_files import (
 )
 
 import jaxgrad
-from jaxgrad.errors import UserError
 from jaxgrad.checkpoints import open_checkpoint
 from jaxgrad.checkpoints.places import resolve_model
+from jaxgrad.errors import UserError
 
 # Places
 

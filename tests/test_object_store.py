@@ -7,7 +7,7 @@ from result_runs import COUNTS, complete, parts
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.results import RunDirectory, read_results
 from jaxgrad.results.lease import Lease
-from jaxgrad.results.urls import place_below
+from jaxgrad.results.urls import path_below
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def bucket(monkeypatch):
 @pytest.mark.filterwarnings("default")
 def test_a_run_in_s3(bucket, tmp_path, caplog):
     files = fsspec.filesystem("s3")
-    calm, place = tmp_path / "run", place_below(bucket, "runs", "a")
+    calm, directory = tmp_path / "run", path_below(bucket, "runs", "a")
 
     def there():
         files.invalidate_cache()
@@ -42,25 +42,25 @@ def test_a_run_in_s3(bucket, tmp_path, caplog):
         return {name: files.cat_file(f"bucket/runs/a/{name}") for name in names}
 
     complete(calm)
-    complete(place)
+    complete(directory)
     whole = there()
     del whole["run.json"]
     assert whole == parts(calm)
-    assert read_results(place).matrices.equals(read_results(calm).matrices)
+    assert read_results(directory).matrices.equals(read_results(calm).matrices)
     # One bit of a part.
     name = "matrices/part-00001.parquet"
     data = bytearray(whole[name])
     data[77] ^= 1
     files.pipe_file(f"bucket/runs/a/{name}", bytes(data))
     with pytest.raises(UserError, match="does not fit its checksum"):
-        read_results(place)
+        read_results(directory)
     computed: list[int] = []
-    complete(place, computed)
-    assert len(computed) == 5 and read_results(place).run["counts"] == COUNTS
+    complete(directory, computed)
+    assert len(computed) == 5 and read_results(directory).run["counts"] == COUNTS
     assert there().items() >= whole.items()
     assert there()["damaged/matrices-part-00001.parquet.1"] == bytes(data)
     # The lease: refused while it is held; created by one alone, as the store itself sees to.
-    other = place_below(bucket, "runs", "b")
+    other = path_below(bucket, "runs", "b")
     with RunDirectory.open(other, {}, {}) as run:
         with pytest.raises(OutputError, match="is writing s3://bucket/runs/b"):
             RunDirectory.open(other, {}, {})

@@ -18,7 +18,7 @@ from tiny_models import Tiny, save_tiny
 import jaxgrad
 from jaxgrad import pipeline
 from jaxgrad.measure import stream
-from jaxgrad.runs import windows
+from jaxgrad.runs import plan
 from jaxgrad.measure.programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,7 +210,7 @@ def test_interrupted_at_any_batch_and_continued(
     model_dir, data_path, undisturbed, tmp_path, monkeypatch, window
 ):
     """Same bytes as undisturbed, and no batch but the one in flight is computed twice."""
-    monkeypatch.setattr(windows, "WINDOW", window)
+    monkeypatch.setattr(plan, "WINDOW", window)
     # Of two in flight the second would be computed twice, and which one it is would be chance.
     monkeypatch.setattr(stream, "batches_in_flight", lambda _: 1)
     calm = tmp_path / "calm"

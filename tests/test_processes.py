@@ -1,4 +1,4 @@
-"""Several real processes share one run over loopback (tests/kill_soak.py is the long form)."""
+"""Several real processes share one run on this machine. tests/kill_soak.py is the long form."""
 
 import json
 import signal
@@ -20,7 +20,6 @@ from process_groups import (
 import jaxgrad
 from jaxgrad import pipeline
 from jaxgrad.runs.agreement import first_difference
-from jaxgrad.processes.group import ALONE
 
 NUM_RECORDS, NUM_MATRICES = 530, 1
 TIMEOUT = 4
@@ -35,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(folder):
-    """The run of one process."""
+    """The digest of the run of one process."""
     given = dict(flag.removeprefix("--").split("=", 1) for flag in FLAGS)
     options = jaxgrad.AnalyzeOptions(
         chat=given["chat"],
@@ -56,7 +55,7 @@ def single(folder):
 
 
 def num_measured(output_dir):
-    """Examples in the journal, each a batch of its own here, and in parts."""
+    """How many examples are in the journal, where each is a batch here, and in parts."""
     parts = (pd.read_parquet(path) for path in (output_dir / "examples").glob("*.parquet"))
     merged = sum(int((part["status"] == "ok").sum()) for part in parts)
     return merged + len(list((output_dir / "journal").iterdir()))
@@ -64,7 +63,7 @@ def num_measured(output_dir):
 
 def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, single):
     output_dir = folder / "shared"
-    # A follower dies: the others say so, after the time-out at most, and what is left of it.
+    # A follower dies. Process 0 says so, after the time-out.
     group = start_and_wait(folder, output_dir, 2, 20, timeout=TIMEOUT)
     group.signal(1, signal.SIGKILL)
     struck = time.monotonic()
@@ -73,7 +72,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, sing
     assert time.monotonic() - struck < 3 * TIMEOUT + 10
     assert "error: process 1 of 2 has died or cannot be reached; finished batches" in leader.stderr
     assert "run the same command again on all hosts" in leader.stderr
-    # Process 0 dies, which hosts JAX's service.
+    # Process 0 dies, and JAX's service with it.
     group = start_and_wait(folder, output_dir, 2, 20, timeout=TIMEOUT)
     group.signal(0, signal.SIGKILL)
     leader, follower = group.wait(200)
@@ -99,7 +98,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, sing
     run = json.loads((output_dir / "run.json").read_text())
     assert len(run["sessions"]) == 4 and run["sessions"][-1]["info"]["processes"] == 3
     work = run["counts"]["processes"]
-    # Each example is a batch here, so the shares differ by one at most.
+    # Each example is a batch here, so the shares of the processes differ by one at most.
     assert sum(share["batches"] for share in work) == run["counts"]["ok"] - done
     assert max(s["batches"] for s in work) - min(s["batches"] for s in work) <= 1
     assert run["counts"]["compiled_shapes"] == sum(share["compiled_shapes"] for share in work)
@@ -142,17 +141,6 @@ def test_a_port_that_is_taken(folder):
     assert ended.code == 2, ended.stderr
     assert "process 0 cannot listen on port" in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
-
-
-def test_a_process_on_its_own_agrees_with_itself():
-    assert ALONE.leads and ALONE.num_processes == 1
-    assert ALONE.from_leader("name", lambda: "value") == "value"
-    assert ALONE.gather("name", "value") == ["value"]
-    first = ALONE.begin_run()
-    assert ALONE.add("counter", 3) == 3 and ALONE.add("counter", 2) == 5
-    # Runs of one program do not count each other's batches.
-    assert ALONE.begin_run() != first
-    assert ALONE.add("counter", 0) == 0
 
 
 def test_the_first_difference_is_named():

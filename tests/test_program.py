@@ -8,31 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from decoder_configs import tiny_config
 from threadpoolctl import threadpool_info
 
-from jaxgrad.measure import programs
-from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.data.batches import BatchShape, ExampleArrays
 from jaxgrad.errors import UserError
 from jaxgrad.gradients.selection import select_parameters
-from jaxgrad.options import MeasureSettings
-from jaxgrad.models import AttentionKind, DecoderConfig, Rope
+from jaxgrad.measure import blas
+from jaxgrad.measure import programs as program
 from jaxgrad.models.decoder import abstract_decoder, num_parameters
+from jaxgrad.options import MeasureSettings
 
-CONFIG = DecoderConfig(
-    vocab_size=31,
-    width=10,
-    mlp_width=14,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=6,
-    max_positions=64,
-    activation="silu",
-    norm_epsilon=1e-5,
-    kinds=(AttentionKind(Rope(10000.0)),),
-    layer_kinds=(0, 0),
-    tied_embeddings=True,
-)
+CONFIG = tiny_config(num_layers=2, tied_embeddings=True)
 
 
 def make_programs():
@@ -48,7 +35,7 @@ def blas_threads():
 def test_lapack_of_scipy_runs_on_one_thread_inside_a_measurement():
     assert scipy.linalg is not None
     before = blas_threads()
-    with program.single_threaded_blas():
+    with blas.single_threaded_blas():
         threads = blas_threads()
     assert any("scipy" in path for path in threads), threads
     assert set(threads.values()) == {1}
@@ -60,7 +47,7 @@ def test_the_limit_holds_until_the_last_of_two_threads_has_left():
     before = blas_threads()
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for _ in range(2):
-            first, second = program.single_threaded_blas(), program.single_threaded_blas()
+            first, second = blas.single_threaded_blas(), blas.single_threaded_blas()
             one.submit(first.__enter__).result()
             assert set(blas_threads().values()) == {1}
             other.submit(second.__enter__).result()
@@ -79,10 +66,10 @@ def test_a_limit_that_cannot_be_set_is_told(monkeypatch):
         def info(self):
             return [{"user_api": "blas", "num_threads": 2}]
 
-    monkeypatch.setattr(program, "ThreadpoolController", Deaf)
+    monkeypatch.setattr(blas, "ThreadpoolController", Deaf)
     with (
         pytest.warns(RuntimeWarning, match="keeps several threads"),
-        program.single_threaded_blas(),
+        blas.single_threaded_blas(),
     ):
         pass
 

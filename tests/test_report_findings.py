@@ -5,10 +5,10 @@ import pytest
 from analysis_runs import set_of
 
 from jaxgrad.analysis import Resampling
+from jaxgrad.report.all_tables import all_tables
 from jaxgrad.report.cells import Cell, Role
 from jaxgrad.report.comparisons import compare_all
 from jaxgrad.report.findings import findings
-from jaxgrad.report.study_tables import study_tables
 from jaxgrad.report.tables import as_csv, as_latex, as_markdown
 
 FEW = Resampling(num_resamples=200, num_permutations=200)
@@ -112,12 +112,12 @@ def test_one_run_and_one_example_are_limits_that_are_said():
     study = compare_all([single], title="", resampling=FEW)
     (limits,) = findings(study)
     assert any("fewer than 20 examples" in sentence for sentence in limits.sentences)
-    table = next(t for t in study_tables(study) if t.name == "mad")
+    table = next(t for t in all_tables(study) if t.name == "mad")
     assert all("[" not in value.text for value in table.rows[0][4:])
 
 
 def test_every_table_has_every_form(study):
-    tables = study_tables(study)
+    tables = all_tables(study)
     assert [table.name for table in tables] == [
         "examples", "mad_aqua", "mad_segments_aqua", "statistics", "settings", "length", "responses",
         "length_responses", "models",
@@ -132,7 +132,7 @@ def test_every_table_has_every_form(study):
 
 
 def test_p_is_adjusted_for_the_number_of_rows(study):
-    table = next(t for t in study_tables(study) if t.name == "responses")
+    table = next(t for t in all_tables(study) if t.name == "responses")
     p = np.array([row[-2].value for row in table.rows])
     adjusted = np.array([row[-1].value for row in table.rows])
     # Benjamini & Hochberg by hand: the running minimum from the largest of p n / rank.

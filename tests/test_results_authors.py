@@ -18,6 +18,7 @@ from jaxgrad.results import (
     read_results,
     write_authors_jsonl,
 )
+from jaxgrad.results.authors import refuse_other_loss
 from jaxgrad.results.read import results_of
 
 ROWS, COLS, RANK = 5, 3, 2
@@ -161,6 +162,49 @@ def test_statistics_that_were_not_measured_are_refused(tmp_path):
     assert path.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="Cannot write"):
         write_authors_jsonl(bare, tmp_path / "absent/out.jsonl")
+
+
+def test_another_loss_is_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    given = results(example(0))
+    for options in ({}, {"loss": "response_mean"}):
+        assert write_authors_jsonl(of_run(given, options), path) == 1
+    path.write_text("what was there")
+    with pytest.raises(UserError, match=r"mean loss .*not of --loss=response_sum"):
+        write_authors_jsonl(of_run(given, {"loss": "response_sum"}), path)
+    assert path.read_text() == "what was there"
+    with pytest.raises(UserError, match="--loss=response_sum"):
+        refuse_other_loss("response_sum")
+    refuse_other_loss("response_mean")
+
+
+def of_run(given, options):
+    return type(given)({"identity": {"options": options}}, given.examples, given.matrices)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [("expert", 3, "expert 3 of up"), ("part", "lora_A", "part lora_A of up")],
+)
+def test_experts_and_parts_have_no_name_in_these_files(tmp_path, column, value, message):
+    path = tmp_path / "out.jsonl"
+    given = example(0)
+    given.matrices["projection"][2] = "up"
+    given.matrices[column] = [value if k == 2 else None for k in range(len(MATRICES))]
+    with pytest.raises(UserError, match=f"no name for an expert or a part.*{message}") as refusal:
+        write_authors_jsonl(results(given), path)
+    assert "\n" not in str(refusal.value) and not path.exists()
+
+
+def test_tables_without_experts_and_parts_are_written(tmp_path):
+    path, earlier_path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    given = results(example(0))
+    earlier = type(given)(
+        given.run, given.examples, given.matrices.drop(columns=["expert", "part"])
+    )
+    write_authors_jsonl(given, path)
+    write_authors_jsonl(earlier, earlier_path)
+    assert path.read_bytes() == earlier_path.read_bytes()
 
 
 def test_an_unfinished_run_is_read_only_when_allowed(tmp_path):

@@ -248,25 +248,25 @@ def test_a_disk_that_fills(tmp_path, undisturbed):
     """At every size: what was recorded stays, and with more space the run ends as it would have."""
     errors = 0
     for pages in range(1, 40):
-        place = tmp_path / str(pages)
-        with small_disk(place, f"{4 * pages}k") as resize:
+        disk = tmp_path / str(pages)
+        with small_disk(disk, f"{4 * pages}k") as resize:
             computed: list[int] = []
             try:
-                complete(place / "run", computed)
+                complete(disk / "run", computed)
             except OutputError as error:
                 assert "The disk is full" in str(error) and "run the same command" in str(error)
                 errors += 1
-                recorded = parts(place / "run") if (place / "run").exists() else {}
+                recorded = parts(disk / "run") if (disk / "run").exists() else {}
                 assert not [name for name in recorded if name.endswith(".tmp")]
                 resize("4m")
-                complete(place / "run", computed)
+                complete(disk / "run", computed)
                 assert len(computed) == len(set(computed)) == 11
             else:
                 assert errors == pages - 1
                 assert errors > 10
                 break
             finally:
-                assert whole(place / "run") == whole(undisturbed)
+                assert whole(disk / "run") == whole(undisturbed)
     else:
         pytest.fail("the disk was always full")
 
@@ -281,4 +281,4 @@ def test_a_disk_that_fails_otherwise(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"Cannot write .*Input/output error"):
         run.write_batch(0, 0, [measured(0)])
     monkeypatch.undo()
-    assert not run.batch_done(0, 0)
+    assert not run.journaled_batches()

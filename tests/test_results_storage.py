@@ -15,21 +15,21 @@ from fsspec.implementations.memory import MemoryFileSystem
 from result_runs import COUNTS, IDENTITY, INFO, Killed, complete, measured, parts, stored
 
 from jaxgrad.errors import OutputError, UserError
-from jaxgrad.runs.job import run_places
 from jaxgrad.report import write_report
 from jaxgrad.report.cells import read_run
 from jaxgrad.results import RunDirectory, iter_results, read_results, write_authors_jsonl
 from jaxgrad.results import lease as lease_module
 from jaxgrad.results.layout import load_run
 from jaxgrad.results.storage import open_storage
-from jaxgrad.results.urls import local_path, place_below
+from jaxgrad.results.urls import local_path, path_below
+from jaxgrad.runs.asked import run_directories
 
 _numbers = itertools.count()
 
 
 @pytest.fixture
 def url():
-    """A place of its own in the one memory:// of the process."""
+    """A directory of its own in the one memory:// of the process."""
     return f"memory://bucket/{next(_numbers)}"
 
 
@@ -62,12 +62,12 @@ def test_the_same_bytes_wherever_they_are(url, tmp_path, undisturbed):
     assert stored(url) == parts(tmp_path / "run") == parts(undisturbed)
     assert load_run(url)["identity"] == IDENTITY
     expected = read_results(undisturbed)
-    for place in (url, f"{url}/", f"file://{tmp_path}/run"):
-        results = read_results(place)
+    for directory in (url, f"{url}/", f"file://{tmp_path}/run"):
+        results = read_results(directory)
         assert results.examples.equals(expected.examples)
         assert results.matrices.equals(expected.matrices)
         assert results.run["counts"] == COUNTS
-        assert read_run(place).matrices.equals(expected.matrices)
+        assert read_run(directory).matrices.equals(expected.matrices)
     assert [len(window.examples) for window in iter_results(url)] == [7, 6]
 
 
@@ -90,7 +90,7 @@ def test_a_run_in_a_store_is_continued(url, undisturbed):
     assert stored(url) == before and len(load_run(url)["sessions"]) == 2
 
 
-def test_places_in_a_store_that_are_no_run(url):
+def test_directories_in_a_store_that_are_no_run(url):
     with pytest.raises(UserError, match="is no directory"):
         read_results(url)
     RunDirectory.probe(url)
@@ -112,9 +112,9 @@ def test_a_process_that_does_not_lead_sees_what_the_others_write(url, monkeypatc
         RunDirectory.open(url, IDENTITY, INFO, leads=False)
     with RunDirectory.open(url, IDENTITY, INFO) as leader:
         follower = RunDirectory.open(url, IDENTITY, INFO, leads=False)
-        assert not leader.batch_done(0, 1)
+        assert not leader.journaled_batches()
         follower.write_batch(0, 1, [measured(1), measured(6)])
-        assert follower.batch_done(0, 1) and leader.batch_done(0, 1)
+        assert follower.journaled_batches() == leader.journaled_batches() == {(0, 1)}
         leader.finish_window(0, num_examples=2)
         assert follower.window_done(0)
 
@@ -288,7 +288,7 @@ def test_a_network_disk_without_locks_has_a_lease(tmp_path, monkeypatch, quick, 
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("directory", "message"),
     [
         ("gs://", "SCHEME://BUCKET/FOLDER"),
         ("memory://", "SCHEME://BUCKET/FOLDER"),
@@ -302,12 +302,12 @@ def test_a_network_disk_without_locks_has_a_lease(tmp_path, monkeypatch, quick, 
         (Path("gs://a/b"), "lost a slash"),
     ],
 )
-def test_urls_that_cannot_be_used(place, message, tmp_path, monkeypatch):
+def test_urls_that_cannot_be_used(directory, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for attempt in (
-        lambda: RunDirectory.open(place, {}, {}),
-        lambda: RunDirectory.probe(place),
-        lambda: read_results(place),
+        lambda: RunDirectory.open(directory, {}, {}),
+        lambda: RunDirectory.probe(directory),
+        lambda: read_results(directory),
     ):
         with pytest.raises(UserError, match=message):
             attempt()
@@ -346,12 +346,15 @@ def test_authors_jsonl_in_a_store(url, tmp_path):
     fields |= {"nuclear_norm": [1.0], "sigma_max": [1.0], "sigma_min": [0.5]}
     row = measured(0)
     object.__setattr__(row, "matrices", {"layer": [0], "projection": ["q"], **fields})
-    for place in (url, tmp_path / "run"):
-        with RunDirectory.open(place, {}, {}) as run:
+    for directory in (url, tmp_path / "run"):
+        with RunDirectory.open(directory, {}, {}) as run:
             run.write_batch(0, 0, [row])
             run.finish_window(0)
             run.finish({})
-        assert write_authors_jsonl(iter_results(place), place_below(place, "authors.jsonl")) == 1
+        assert (
+            write_authors_jsonl(iter_results(directory), path_below(directory, "authors.jsonl"))
+            == 1
+        )
     assert stored(url)["authors.jsonl"] == (tmp_path / "run/authors.jsonl").read_bytes()
 
     def torn():
@@ -363,12 +366,12 @@ def test_authors_jsonl_in_a_store(url, tmp_path):
     assert "other.jsonl" not in stored(url)
 
 
-@pytest.mark.parametrize("place", ["D", "memory://bucket/D"])
+@pytest.mark.parametrize("directory", ["D", "memory://bucket/D"])
 @pytest.mark.parametrize("name", ["..json", "...json", "a\nb.json", "a\x00b.json"])
-def test_no_data_file_leads_out_of_the_output_directory(place, name):
+def test_no_data_file_leads_out_of_the_output_directory(directory, name):
     """A run's directory is named after its file: "...json" without its suffix is ".."."""
     with pytest.raises(UserError, match="No directory can be named"):
-        run_places(["data/x.json", f"data/{name}"], place)
+        run_directories(["data/x.json", f"data/{name}"], directory)
 
 
 def test_reports_are_local():
@@ -379,14 +382,14 @@ def test_reports_are_local():
 
 def test_names_of_runs_of_several_files():
     files = ["a/x.json", "b/.hidden", "c/two words é.jsonl"]
-    for place, below in (("D", "D/{}"), ("memory://b/D/", "memory://b/D/{}")):
+    for directory, pattern in (("D", "D/{}"), ("memory://b/D/", "memory://b/D/{}")):
         names = ["x", ".hidden", "two words é"]
-        expected = {file: below.format(name) for file, name in zip(files, names, strict=True)}
-        assert run_places(files, place) == expected
-    assert run_places(["a/...json"], Path("D")) == {"a/...json": Path("D")}
+        expected = {file: pattern.format(name) for file, name in zip(files, names, strict=True)}
+        assert run_directories(files, directory) == expected
+    assert run_directories(["a/...json"], Path("D")) == {"a/...json": Path("D")}
     for name in ("a*b.json", "a::b.json", "a?b.json", "a#b.json"):
-        assert run_places(["x.json", name], "D")
+        assert run_directories(["x.json", name], "D")
         with pytest.raises(UserError, match="rename the file"):
-            run_places(["x.json", name], "memory://b/D")
+            run_directories(["x.json", name], "memory://b/D")
     with pytest.raises(UserError, match="the same name"):
-        run_places(["a/x.json", "b/x.json"], "memory://b/D")
+        run_directories(["a/x.json", "b/x.json"], "memory://b/D")

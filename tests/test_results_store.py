@@ -25,6 +25,7 @@ from result_runs import (
 )
 
 from jaxgrad.errors import UserError
+from jaxgrad.options import AnalyzeOptions
 from jaxgrad.results import (
     EXAMPLES_SCHEMA,
     MATRICES_SCHEMA,
@@ -36,6 +37,7 @@ from jaxgrad.results import (
     read_results,
 )
 from jaxgrad.results.files import temporary_path
+from jaxgrad.runs.asked import asked_identity
 
 
 def test_schemas_are_the_public_interface():
@@ -46,11 +48,12 @@ def test_schemas_are_the_public_interface():
         "response": "string",
     }  # fmt: skip
     assert {field.name: str(field.type) for field in MATRICES_SCHEMA} == {
-        "example_index": "int64", "layer": "int32", "projection": "string", "rows": "int32",
-        "cols": "int32", "nuclear_norm": "double", "sigma_max": "double", "sigma_min": "double",
-        "frobenius_norm": "double", "entry_mean": "double", "entry_max": "double",
-        "entry_min": "double", "effective_rank": "double", "stable_rank": "double",
-        "condition_number": "double", "rank_bound": "int32",
+        "example_index": "int64", "layer": "int32", "projection": "string", "expert": "int32",
+        "part": "string", "rows": "int32", "cols": "int32", "nuclear_norm": "double",
+        "sigma_max": "double", "sigma_min": "double", "frobenius_norm": "double",
+        "entry_mean": "double", "entry_max": "double", "entry_min": "double",
+        "effective_rank": "double", "stable_rank": "double", "condition_number": "double",
+        "rank_bound": "int32",
         "singular_values": "list<element: double>", "partner_cosine": "double",
         "layer_cosines": "list<element: double>",
     }  # fmt: skip
@@ -136,7 +139,7 @@ def test_a_finished_run_is_not_touched(undisturbed):
 
     before = times()
     run = RunDirectory.open(undisturbed, IDENTITY, {"version": "9"})
-    assert run.finished and run.window_done(1) and run.batch_done(1, 1)
+    assert run.finished and run.window_done(1)
     RunDirectory.probe(undisturbed)
     for write in (lambda: run.write_batch(1, 0, []), lambda: run.finish({})):
         with pytest.raises(ValueError, match="finished"):
@@ -164,7 +167,7 @@ def test_finish_window_checks_its_examples(tmp_path):
         run.finish_window(0, [skipped(0)])
     with pytest.raises(ValueError, match="2 examples, not 3"):
         run.finish_window(0, [skipped(1)], num_examples=3)
-    assert not run.window_done(0) and run.batch_done(0, 0)
+    assert not run.window_done(0) and run.journaled_batches() == {(0, 0)}
     run.finish_window(0, [skipped(1)], num_examples=2)
     assert run.window_done(0) and not list((tmp_path / "journal").iterdir())
 
@@ -217,6 +220,28 @@ def test_another_identity_is_refused_by_name(tmp_path):
     assert len(json.loads((tmp_path / "run.json").read_text())["sessions"]) == 1
 
 
+def test_a_run_of_another_loss_is_refused(tmp_path):
+    """A run.json without options.loss is of response_mean, as those of earlier versions are."""
+    mean, total = AnalyzeOptions(), AnalyzeOptions(loss="response_sum")
+    for there, here in ((mean, total), (total, mean)):
+        path = tmp_path / there.loss
+        identity = IDENTITY | asked_identity(there, 0, None)
+        assert ("loss" in identity["options"]) == (there is total)
+        RunDirectory.open(path, identity, INFO).close()
+        other = asked_identity(here, 0, None)
+        told = f'options.loss is "{there.loss}" there, "{here.loss}" here. Give'
+        for attempt in (
+            lambda: RunDirectory.check_compatible(path, other),  # noqa: B023
+            lambda: RunDirectory.open(path, IDENTITY | other, INFO),  # noqa: B023
+        ):
+            with pytest.raises(UserError, match=told):
+                attempt()
+        # What is not asked is not compared.
+        RunDirectory.check_compatible(path, {"protocol": "paper"})
+        RunDirectory.check_compatible(path, asked_identity(there, 0, None))
+        RunDirectory.open(path, identity, INFO).close()
+
+
 def test_the_early_check_compares_what_both_have(tmp_path):
     path = tmp_path / "run"
     RunDirectory.check_compatible(path, {"protocol": "clean"})
@@ -257,13 +282,13 @@ def test_a_damaged_run_json_is_refused(tmp_path, text):
             attempt()
 
 
-def test_places_that_cannot_be_written(tmp_path):
+def test_directories_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
-    for place in (tmp_path / "file", tmp_path / "file/below", Path("/proc/self/run")):
+    for directory in (tmp_path / "file", tmp_path / "file/below", Path("/proc/self/run")):
         with pytest.raises(UserError, match="Cannot write"):
-            RunDirectory.probe(place)
+            RunDirectory.probe(directory)
         with pytest.raises(UserError, match="Cannot write"):
-            RunDirectory.open(place, IDENTITY, INFO)
+            RunDirectory.open(directory, IDENTITY, INFO)
     RunDirectory.probe(tmp_path / "a/b/c")
     assert os.listdir(tmp_path) == ["file"]
 
@@ -322,7 +347,7 @@ def test_a_full_disk_loses_nothing(tmp_path, undisturbed):
     temporary_path(path / "journal/window-00000-batch-00001.batch").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"disk is full.*Nothing written before is lost.*same"):
         run.write_batch(0, 1, [measured(index) for index in PLAN[0][1]])
-    assert not run.batch_done(0, 1) and len(os.listdir(path / "journal")) == 1
+    assert run.journaled_batches() == {(0, 0)} and len(os.listdir(path / "journal")) == 1
     computed: list[int] = []
     complete(path, computed)
     assert 5 not in computed and 1 in computed

@@ -17,13 +17,11 @@ from tiny_models import Tiny, save_tiny
 
 import jaxgrad
 from jaxgrad import AnalyzeOptions, UserError
-from jaxgrad.runs import plan
-from jaxgrad.data.batches import BatchShape
 from jaxgrad.checkpoints.convert import convert_model
+from jaxgrad.data.batches import BatchShape
 from jaxgrad.measure.memory import predict_memory, weight_bytes
-from jaxgrad.models.decoder import num_parameters
+from jaxgrad.models.decoder import num_parameters, parameter_shapes
 from jaxgrad.models.families import FAMILIES, read_config
-from jaxgrad.models.decoder import parameter_shapes
 from jaxgrad.models.sharding import (
     MODEL,
     MeshShape,
@@ -33,6 +31,7 @@ from jaxgrad.models.sharding import (
     parse_mesh,
     replicated_line,
 )
+from jaxgrad.runs import plan
 
 TESTS = Path(__file__).resolve().parent
 PUBLISHED = json.loads((TESTS / "published_configs.json").read_text("utf-8"))
@@ -107,6 +106,16 @@ def test_what_does_not_divide_is_said_and_what_divides_nothing_is_refused():
     check_mesh(odd, MeshShape(8, 1))
 
 
+def settled_mesh(asked, options, config):
+    return plan.settle_mesh(asked, plan.settings_for(options, config), options, config, ())
+
+
+def fitted(options, config, mesh=MeshShape(1, 1)):
+    """The options with batch_tokens and layerwise settled."""
+    settings = plan.settings_for(options, config)
+    return plan.fit_batches(options, settings, config, (), mesh=mesh)[0]
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Eight accelerators of so many bytes each."""
@@ -114,7 +123,7 @@ def machine(monkeypatch):
     def build(num_bytes):
         monkeypatch.setattr(jax, "local_devices", lambda: [None] * 8)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(planning, "memory_at_hand", lambda: num_bytes)
+        monkeypatch.setattr(plan, "memory_at_hand", lambda: num_bytes)
 
     return build
 
@@ -125,7 +134,7 @@ def test_auto_splits_weights_only_where_they_do_not_fit(machine):
 
     def settled(num_bytes, **changes):
         machine(num_bytes)
-        return planning.settle_mesh(None, dataclasses.replace(options, **changes), config, ())
+        return settled_mesh(None, dataclasses.replace(options, **changes), config)
 
     assert settled(2 * weights) == settled(None) == MeshShape(8, 1)
     assert settled(weights) == MeshShape(4, 2)
@@ -133,14 +142,14 @@ def test_auto_splits_weights_only_where_they_do_not_fit(machine):
     # Nothing fits: the smallest part of the weights, which `fit_batches` then refuses.
     assert settled(1000) == MeshShape(1, 8)
     with pytest.raises(UserError, match="splits the weights over more devices"):
-        planning.fit_batches(options, config, (), mesh=MeshShape(1, 8))
-    assert planning.settle_mesh(MeshShape(2, 2), options, config, ()) == MeshShape(2, 2)
+        fitted(options, config, MeshShape(1, 8))
+    assert settled_mesh(MeshShape(2, 2), options, config) == MeshShape(2, 2)
 
 
 def test_auto_is_one_device_on_a_cpu(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [None] * 8)
-    monkeypatch.setattr(planning, "memory_at_hand", lambda: 1)
-    assert planning.settle_mesh(None, AnalyzeOptions(), SMOL, ()) == MeshShape(1, 1)
+    monkeypatch.setattr(plan, "memory_at_hand", lambda: 1)
+    assert settled_mesh(None, AnalyzeOptions(), SMOL) == MeshShape(1, 1)
 
 
 def test_a_mesh_has_a_batch_for_each_device_of_data(machine):
@@ -148,10 +157,9 @@ def test_a_mesh_has_a_batch_for_each_device_of_data(machine):
     mesh = MeshShape(4, 2)
 
     def tokens(**changes):
-        options = AnalyzeOptions(**changes)
-        return planning.fit_batches(options, QWEN, (), mesh=mesh)[0].batch_tokens
+        return fitted(AnalyzeOptions(**changes), QWEN, mesh).batch_tokens
 
-    one = planning.fit_batches(AnalyzeOptions(), QWEN, ())[0].batch_tokens
+    one = fitted(AnalyzeOptions(), QWEN).batch_tokens
     assert tokens() == 4 * one
     # A given one, or that of a run that is continued, stays.
     assert tokens(batch_tokens=one) == one
@@ -160,11 +168,11 @@ def test_a_mesh_has_a_batch_for_each_device_of_data(machine):
 def test_layers_one_by_one_only_where_weights_are_whole(machine):
     asked = AnalyzeOptions(layerwise="yes")
     with pytest.raises(UserError, match="--layerwise=yes does not go with --mesh=4x2"):
-        planning.fit_batches(asked, QWEN, (), mesh=MeshShape(4, 2))
+        fitted(asked, QWEN, MeshShape(4, 2))
     machine(1000)  # too little for any batch
     fixed = AnalyzeOptions(batch_tokens=512)
     for mesh, chosen in ((MeshShape(8, 1), "yes"), (MeshShape(4, 2), "no")):
-        assert planning.fit_batches(fixed, QWEN, (), mesh=mesh)[0].layerwise == chosen
+        assert fitted(fixed, QWEN, mesh).layerwise == chosen
 
 
 def test_the_prediction_shrinks_with_the_mesh():
@@ -199,14 +207,11 @@ def test_a_dry_run_needs_no_devices(tmp_path):
         **asked, mesh="8x8", options=AnalyzeOptions(max_length=48, chat="no")
     )
     assert lines[0].startswith("memory per device of mesh 8x8: ")
-    assert found.memory.mesh == MeshShape(8, 8)
+    assert found.plan.memory.mesh == MeshShape(8, 8)
     assert any("4 kv heads, the MLP's width 71" in line for line in lines), lines
     # The devices are not there, so what they have is not known and nothing is made smaller for it.
-    assert found.choice.at_hand is None
-    assert (
-        found.choice.batch_tokens
-        == 8 * planning.fit_batches(AnalyzeOptions(), SMOL, ())[0].batch_tokens
-    )
+    assert found.plan.choice.at_hand is None
+    assert found.plan.choice.batch_tokens == 8 * fitted(AnalyzeOptions(), SMOL).batch_tokens
 
 
 def run_script(*arguments, timeout=900):

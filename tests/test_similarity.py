@@ -11,7 +11,9 @@ from test_parity import LONG, OPTIONS, Case
 from jaxgrad import reference
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.pipeline import analyze
+from jaxgrad.projections import PARTNERS
 from jaxgrad.reference.weights import select_weights
+from jaxgrad.results import columns
 from jaxgrad.spectra import matrix_similarities, similarities
 
 T, L = 7, 4
@@ -45,15 +47,16 @@ def cosine(one, other):
 
 def check(found, matrices, tolerance):
     for name, values in found.items():
+        assert values.keys() == {column.name for column in columns.SIMILARITIES}
         expected = [[cosine(a, b) for b in matrices[name]] for a in matrices[name]]
-        np.testing.assert_allclose(values.layers_LL, expected, rtol=0, atol=tolerance)
-        partner = {"q": "o", "o": "q", "k": "v", "v": "k"}.get(name)
+        np.testing.assert_allclose(values["layer_cosines"], expected, rtol=0, atol=tolerance)
+        partner = PARTNERS.get(name)
         if partner is None:
-            assert np.isnan(values.partner_L).all()
+            assert np.isnan(values["partner_cosine"]).all()
             continue
         pairs = zip(matrices[name], matrices[partner], strict=True)
         expected = [cosine(a, b) for a, b in pairs]
-        np.testing.assert_allclose(values.partner_L, expected, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(values["partner_cosine"], expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +100,18 @@ def test_a_zero_gradient_has_no_cosine():
     inputs, grad = factors["k"]
     factors["k"] = (inputs, grad.at[2].set(0.0))
     found = similarities(factors, LAYERS)
-    undefined = np.isnan(found["k"].layers_LL)
+    undefined = np.isnan(found["k"]["layer_cosines"])
     assert undefined[2].all() and undefined[:, 2].all() and undefined.sum() == 2 * L - 1
-    assert np.isnan(found["v"].partner_L).tolist() == [False, False, True, False]
+    assert np.isnan(found["v"]["partner_cosine"]).tolist() == [False, False, True, False]
 
 
 def test_partners_of_other_layers_are_not_compared():
     found = similarities(random_factors(), LAYERS | {"o": (1, 2, 3, 4)})
-    assert np.isnan(found["q"].partner_L).all() and np.isnan(found["o"].partner_L).all()
-    assert not np.isnan(found["k"].partner_L).any()
+    assert (
+        np.isnan(found["q"]["partner_cosine"]).all()
+        and np.isnan(found["o"]["partner_cosine"]).all()
+    )
+    assert not np.isnan(found["k"]["partner_cosine"]).any()
 
 
 # q and o are not square here: four heads of 14 entries, a width of 52.
@@ -120,11 +126,11 @@ def test_an_analysis_gives_pytorch_s_cosines(tmp_path, method):
         (weight.projection, weight.layer): weight.gradient().double()
         for weight in select_weights(model, "attention")
     }
-    places = list(zip(row.matrices["projection"], row.matrices["layer"], strict=True))
-    assert len(places) == len(gradients) == 12
-    for i, (projection, layer) in enumerate(places):
+    addresses = list(zip(row.matrices["projection"], row.matrices["layer"], strict=True))
+    assert len(addresses) == len(gradients) == 12
+    for i, (projection, layer) in enumerate(addresses):
         mine = gradients[projection, layer].reshape(-1)
-        other = gradients[{"q": "o", "o": "q", "k": "v", "v": "k"}[projection], layer].reshape(-1)
+        other = gradients[PARTNERS[projection], layer].reshape(-1)
         layers = [gradients[projection, j].reshape(-1) for j in range(3)]
         expected = [torch.cosine_similarity(mine, x, dim=0).item() for x in (other, *layers)]
         found = [row.matrices["partner_cosine"][i], *row.matrices["layer_cosines"][i]]

@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrad.spectra import choose_algorithm, linalg, matrix_statistics, shared_input_statistics
+from jaxgrad.results import columns
+from jaxgrad.spectra import (
+    FINITE_FLAGS,
+    choose_algorithm,
+    extremes_of_factors,
+    extremes_of_matrix,
+    linalg,
+    prepare_factors,
+    prepare_matrix,
+    spectra_of_factors,
+    spectra_of_matrix,
+)
 from jaxgrad.spectra.linalg import (
     cholesky_factor,
     singular_values,
@@ -44,11 +55,18 @@ def factors_with(sigma, num_tokens, num_out, num_in, rng):
     return (tokens * split) @ right.T, (tokens * split) @ left.T
 
 
-def statistics_of(x_TI, d_TO, algorithm, *, extremes=False):
-    result = shared_input_statistics(
-        jnp.asarray(x_TI), {"q": jnp.asarray(d_TO)}, {"q": algorithm}, extremes=extremes
-    )["q"]
-    return jax.tree.map(np.asarray, result)
+def statistics_of(x_TI, d_TO, algorithm):
+    """Column or finite flag -> its number, for one gradient D^T X."""
+    factors = prepare_factors(jnp.asarray(x_TI), {"q": jnp.asarray(d_TO)}, {"q": algorithm})
+    parts = (spectra_of_factors(factors), extremes_of_factors(factors), factors.finite_flags)
+    return {name: np.asarray(value) for part in parts for name, value in part["q"].items()}
+
+
+def matrix_statistics(matrix_OI, x_TI, d_TO):
+    """The same from the gradient matrix."""
+    matrix, flags = prepare_matrix(*map(jnp.asarray, (matrix_OI, x_TI, d_TO)))
+    found = spectra_of_matrix(matrix) | extremes_of_matrix(matrix) | flags
+    return jax.tree.map(np.asarray, found)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -61,26 +79,26 @@ def test_every_statistic_of_a_known_spectrum(algorithm, dtype, num_tokens, num_o
     rank = min(num_tokens, num_out, num_in)
     sigma = np.geomspace(3.0, 1e-2, rank)
     x, d = factors_with(sigma, num_tokens, num_out, num_in, rng)
-    got = statistics_of(x.astype(dtype), d.astype(dtype), algorithm, extremes=True)
+    got = statistics_of(x.astype(dtype), d.astype(dtype), algorithm)
     matrix = d.T @ x
     share = sigma / sigma.sum()
     rtol = (GRAM_RTOL if "gram" in algorithm else RTOL)[dtype]
-    np.testing.assert_allclose(got.nuclear_norm, sigma.sum(), rtol=rtol)
-    np.testing.assert_allclose(got.sigma_max, sigma[0], rtol=rtol)
-    np.testing.assert_allclose(got.frobenius_norm, np.sqrt((sigma**2).sum()), rtol=rtol)
-    np.testing.assert_allclose(got.singular_values, sigma, rtol=1e3 * rtol)
+    np.testing.assert_allclose(got["nuclear_norm"], sigma.sum(), rtol=rtol)
+    np.testing.assert_allclose(got["sigma_max"], sigma[0], rtol=rtol)
+    np.testing.assert_allclose(got["frobenius_norm"], np.sqrt((sigma**2).sum()), rtol=rtol)
+    np.testing.assert_allclose(got["singular_values"], sigma, rtol=1e3 * rtol)
     np.testing.assert_allclose(
-        got.effective_rank, np.exp(-(share * np.log(share)).sum()), rtol=RANK_RTOL[dtype]
+        got["effective_rank"], np.exp(-(share * np.log(share)).sum()), rtol=RANK_RTOL[dtype]
     )
-    np.testing.assert_allclose(got.stable_rank, (sigma**2).sum() / sigma[0] ** 2, rtol=rtol)
-    np.testing.assert_allclose(got.condition_number, sigma[0] / sigma[-1], rtol=1e3 * rtol)
-    np.testing.assert_allclose(got.entry_mean, matrix.mean(), rtol=1e-3, atol=1e-7)
-    np.testing.assert_allclose(got.entry_max, matrix.max(), rtol=rtol)
-    np.testing.assert_allclose(got.entry_min, matrix.min(), rtol=rtol)
+    np.testing.assert_allclose(got["stable_rank"], (sigma**2).sum() / sigma[0] ** 2, rtol=rtol)
+    np.testing.assert_allclose(got["condition_number"], sigma[0] / sigma[-1], rtol=1e3 * rtol)
+    np.testing.assert_allclose(got["entry_mean"], matrix.mean(), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(got["entry_max"], matrix.max(), rtol=rtol)
+    np.testing.assert_allclose(got["entry_min"], matrix.min(), rtol=rtol)
     full = rank == min(num_out, num_in)
-    np.testing.assert_allclose(got.sigma_min, sigma[-1] if full else 0.0, rtol=1e3 * rtol)
-    assert got.rank_bound == rank
-    assert got.rank_bound.dtype == np.int32
+    np.testing.assert_allclose(got["sigma_min"], sigma[-1] if full else 0.0, rtol=1e3 * rtol)
+    assert got["rank_bound"] == rank
+    assert got["rank_bound"].dtype == np.int32
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -97,10 +115,10 @@ def test_against_float64_svd_where_rows_span_six_decades(algorithm):
     got = statistics_of(x, d, algorithm)
     share = exact / exact.sum()
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
-    np.testing.assert_allclose(got.nuclear_norm, exact.sum(), rtol=1e-5)
-    np.testing.assert_allclose(got.sigma_max, exact[0], rtol=1e-5)
-    np.testing.assert_allclose(got.effective_rank, np.exp(entropy), rtol=1e-4)
-    assert got.rank_bound == min(num_tokens - 2, num_out)
+    np.testing.assert_allclose(got["nuclear_norm"], exact.sum(), rtol=1e-5)
+    np.testing.assert_allclose(got["sigma_max"], exact[0], rtol=1e-5)
+    np.testing.assert_allclose(got["effective_rank"], np.exp(entropy), rtol=1e-4)
+    assert got["rank_bound"] == min(num_tokens - 2, num_out)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -110,22 +128,29 @@ def test_one_and_two_tokens(algorithm, num_tokens):
     x, d = rng.standard_normal((num_tokens, 11)), rng.standard_normal((num_tokens, 7))
     exact = np.linalg.svd(d.T @ x, compute_uv=False)[:num_tokens]
     got = statistics_of(x.astype(np.float32), d.astype(np.float32), algorithm)
-    np.testing.assert_allclose(got.nuclear_norm, exact.sum(), rtol=1e-5)
-    assert got.sigma_min == 0.0
+    np.testing.assert_allclose(got["nuclear_norm"], exact.sum(), rtol=1e-5)
+    assert got["sigma_min"] == 0.0
     if num_tokens == 1:
-        np.testing.assert_allclose(got.effective_rank, 1.0, rtol=1e-6)
-        np.testing.assert_allclose(got.stable_rank, 1.0, rtol=1e-6)
+        np.testing.assert_allclose(got["effective_rank"], 1.0, rtol=1e-6)
+        np.testing.assert_allclose(got["stable_rank"], 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_zero_gradient_gives_zeros_and_no_nan_norm(algorithm):
     x = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    got = statistics_of(x, np.zeros((5, 3), np.float32), algorithm, extremes=True)
+    got = statistics_of(x, np.zeros((5, 3), np.float32), algorithm)
     for name in ("nuclear_norm", "sigma_max", "sigma_min", "frobenius_norm", "entry_mean"):
-        assert getattr(got, name) == 0.0, name
-    assert got.entry_max == 0.0 and got.entry_min == 0.0 and got.rank_bound == 0
-    assert np.isnan(got.effective_rank) and np.isnan(got.stable_rank)
-    assert np.isnan(got.condition_number)
+        assert got[name] == 0.0, name
+    assert got["entry_max"] == 0.0 and got["entry_min"] == 0.0 and got["rank_bound"] == 0
+    assert np.isnan(got["effective_rank"]) and np.isnan(got["stable_rank"])
+    assert np.isnan(got["condition_number"])
+
+
+def test_the_columns_are_those_that_are_declared():
+    x, d = np.ones((5, 7), np.float32), np.ones((5, 3), np.float32)
+    declared = {column.name for column in (*columns.SPECTRA, *columns.EXTREMES)}
+    for found in (statistics_of(x, d, "qr"), matrix_statistics(d.T @ x, x, d)):
+        assert found.keys() == declared | set(FINITE_FLAGS)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -137,8 +162,12 @@ def test_a_non_finite_factor_gives_nan_and_not_zero(algorithm, where, poison):
     d = rng.standard_normal((5, 3)).astype(np.float32)
     (x if where == "x" else d)[2, 1] = poison
     got = statistics_of(x, d, algorithm)
-    assert np.isnan(got.nuclear_norm) and np.isnan(got.sigma_max) and np.isnan(got.frobenius_norm)
-    assert (got.input_finite, got.output_grad_finite) == (where == "d", where == "x")
+    assert (
+        np.isnan(got["nuclear_norm"])
+        and np.isnan(got["sigma_max"])
+        and np.isnan(got["frobenius_norm"])
+    )
+    assert (got["input_finite"], got["output_grad_finite"]) == (where == "d", where == "x")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -150,10 +179,10 @@ def test_scaling_the_gradient_scales_the_norms(algorithm, scale):
     d = rng.standard_normal((6, 7)).astype(np.float32)
     plain = statistics_of(x, d, algorithm)
     scaled = statistics_of(x, (d * np.float32(scale)).astype(np.float32), algorithm)
-    np.testing.assert_allclose(scaled.nuclear_norm, plain.nuclear_norm * scale, rtol=1e-5)
-    np.testing.assert_allclose(scaled.stable_rank, plain.stable_rank, rtol=1e-5)
-    undefined = plain.nuclear_norm * scale < 1e-12
-    assert np.isnan(scaled.effective_rank) == undefined
+    np.testing.assert_allclose(scaled["nuclear_norm"], plain["nuclear_norm"] * scale, rtol=1e-5)
+    np.testing.assert_allclose(scaled["stable_rank"], plain["stable_rank"], rtol=1e-5)
+    undefined = plain["nuclear_norm"] * scale < 1e-12
+    assert np.isnan(scaled["effective_rank"]) == undefined
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -168,8 +197,8 @@ def test_padding_rows_change_nothing(algorithm):
     )
     plain = statistics_of(x, d, algorithm)
     for name in ("nuclear_norm", "sigma_max", "frobenius_norm", "effective_rank", "entry_mean"):
-        np.testing.assert_allclose(getattr(padded, name), getattr(plain, name), rtol=3e-6)
-    assert padded.rank_bound == plain.rank_bound == 9
+        np.testing.assert_allclose(padded[name], plain[name], rtol=3e-6)
+    assert padded["rank_bound"] == plain["rank_bound"] == 9
 
 
 def test_projections_with_one_input_share_its_factorization():
@@ -179,7 +208,7 @@ def test_projections_with_one_input_share_its_factorization():
     grads = {name: grad.astype(jnp.float32) for name, grad in grads.items()}
 
     def reduce(x, grads):
-        return shared_input_statistics(x, grads, dict.fromkeys(grads, "qr"), extremes=False)
+        return spectra_of_factors(prepare_factors(x, grads, dict.fromkeys(grads, "qr")))
 
     factorizations = _operand_ranks(jax.make_jaxpr(reduce)(x, grads).jaxpr, ("geqrf", "qr"))
     assert len(factorizations) == 4
@@ -189,12 +218,12 @@ def test_dense_agrees_with_the_known_spectrum():
     rng = np.random.default_rng(3)
     sigma = np.array([2.0, 0.5, 0.1])
     x, d = factors_with(sigma, 7, 13, 17, rng)
-    matrix, x32, d32 = (jnp.asarray(array.astype(np.float32)) for array in (d.T @ x, x, d))
-    got = matrix_statistics(matrix, x32, d32, extremes=True)
-    np.testing.assert_allclose(got.nuclear_norm, sigma.sum(), rtol=1e-5)
-    np.testing.assert_allclose(got.entry_max, (d.T @ x).max(), rtol=1e-5)
-    np.testing.assert_allclose(got.entry_mean, (d.T @ x).mean(), rtol=1e-4)
-    assert got.rank_bound == 7
+    matrix, x32, d32 = (array.astype(np.float32) for array in (d.T @ x, x, d))
+    got = matrix_statistics(matrix, x32, d32)
+    np.testing.assert_allclose(got["nuclear_norm"], sigma.sum(), rtol=1e-5)
+    np.testing.assert_allclose(got["entry_max"], (d.T @ x).max(), rtol=1e-5)
+    np.testing.assert_allclose(got["entry_mean"], (d.T @ x).mean(), rtol=1e-4)
+    assert got["rank_bound"] == 7
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""SIGTERM: what is in flight is finished and written, nothing else is begun, nothing is lost."""
+"""SIGTERM: batches in flight are finished and written, no others are begun, nothing is lost."""
 
 import os
 import signal
@@ -18,36 +18,42 @@ from test_pipeline import (  # noqa: F401 - fixtures
     undisturbed,
 )
 
-from jaxgrad.processes import stopping
-from jaxgrad.measure import stream
-from jaxgrad.runs import windows
 from jaxgrad.data.batches import Batch, BatchShape
 from jaxgrad.errors import RUN_AGAIN
+from jaxgrad.measure import stream
 from jaxgrad.measure.programs import Programs
+from jaxgrad.processes import stopping
 from jaxgrad.processes.stopping import Stopped
+from jaxgrad.runs import plan, windows
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def restored():
     yield
-    stopping.forget()
-    stopping.at_once_by(None)
+    forget_request()
+    stopping.set_exit_action(None)
+
+
+def forget_request():
+    """As in a new process."""
+    stopping._requested.clear()
+    stopping.note_start()
 
 
 def test_a_request_waits_for_batches_and_ends_everything_else_at_once():
     ended = []
-    stopping.at_once_by(lambda: ended.append(True))
+    stopping.set_exit_action(lambda: ended.append(True))
     with stopping.finishing_batches():
         stopping.request()
         assert stopping.requested() and not ended
     with pytest.raises(Stopped, match="run the same command again"), stopping.finishing_batches():
         raise AssertionError("begun after the request")
-    stopping.forget()
+    forget_request()
     stopping.request()
     assert ended == [True]
 
 
-def test_a_second_run_does_not_tell_of_the_first_one_s_progress():
+def test_a_run_does_not_tell_the_progress_of_the_run_before():
     stopping.note_progress(6, 6)
     assert "6 of 6 examples are done" in stopping.line()
     stopping.note_start()
@@ -55,7 +61,7 @@ def test_a_second_run_does_not_tell_of_the_first_one_s_progress():
 
 
 def test_a_stopped_stream_gives_what_was_in_flight_and_begins_nothing(monkeypatch):
-    """Whatever the moment, the results are the first ones of the plan and all that was begun."""
+    """Whenever it stops, the results are those of the first batches, and of all that were begun."""
     monkeypatch.setattr(stream, "batches_in_flight", lambda _: 2)
     monkeypatch.setattr(stream, "batch_arrays", lambda batch, tokenized: batch.members)
     monkeypatch.setattr(stream, "example_results", lambda members, *_: list(members))
@@ -71,18 +77,18 @@ def test_a_stopped_stream_gives_what_was_in_flight_and_begins_nothing(monkeypatc
     class Model:
         state = config = None
 
-    plan = [(range(9), Batch(BatchShape(1, 32, 16), (k,))) for k in range(9)]
+    batches = [(range(9), Batch(BatchShape(1, 32, 16), (k,))) for k in range(9)]
     for stop_after in range(9):
         programs, found = Counting(), []
         results = stream.measured(
-            programs, Model, plan, stop=lambda found=found, n=stop_after: len(found) >= n
+            programs, Model, batches, stop=lambda found=found, n=stop_after: len(found) >= n
         )
         for rows in results:
             found.append(rows)
         assert found == [[k] for k in range(len(found))]
         assert stop_after <= len(found) <= min(9, stop_after + 3)
         assert programs.began in (len(found), len(found) + 1)
-    assert [len(rows) for rows in stream.measured(Counting(), Model, plan)] == [1] * 9
+    assert [len(rows) for rows in stream.measured(Counting(), Model, batches)] == [1] * 9
 
 
 def test_a_stopped_run_keeps_its_batches_and_is_continued(
@@ -92,7 +98,7 @@ def test_a_stopped_run_keeps_its_batches_and_is_continued(
     tmp_path,
     monkeypatch,
 ):
-    monkeypatch.setattr(windows, "WINDOW", 7)
+    monkeypatch.setattr(plan, "WINDOW", 7)
     monkeypatch.setattr(stream, "batches_in_flight", lambda _: 1)
     run(model_dir, data_path, tmp_path / "calm")
     original, calls = Programs.measure, []
@@ -110,14 +116,14 @@ def test_a_stopped_run_keeps_its_batches_and_is_continued(
     with pytest.raises(Stopped):  # the next data file is not begun
         run(model_dir, data_path, tmp_path / "never")
     assert not (tmp_path / "never").exists()
-    stopping.forget()
+    forget_request()
     run(model_dir, data_path, tmp_path / "stopped")
     assert len(calls) == 28
     assert parquet_bytes(tmp_path / "stopped") == parquet_bytes(tmp_path / "calm")
 
 
 def test_sigterm_while_the_model_is_loaded_ends_at_once(model_dir, tmp_path):  # noqa: F811
-    """A named pipe for data: the program waits in a read that no handler of Python's interrupts."""
+    """The data file is a named pipe: the program waits in a read, where no Python handler runs."""
     os.mkfifo(tmp_path / "data.json")
     command = [sys.executable, str(ANALYZE), f"--model_path={model_dir}"]
     command += [f"--data_path={tmp_path / 'data.json'}", f"--output_dir={tmp_path / 'out'}"]
@@ -158,7 +164,7 @@ def test_flags_as_text():
 
 
 def test_only_the_second_signal_ends_a_batch_in_flight():
-    """In a process of its own, whose batch never ends."""
+    """In a process of its own, with a batch that never ends."""
     script = (
         "import time\nfrom jaxgrad.processes import stopping\nstopping.catch_sigterm()\n"
         "stopping.note_progress(3, 9)\n"

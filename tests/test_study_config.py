@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from jaxgrad.analysis import Resampling
-from jaxgrad.errors import UserError
 from jaxgrad.data.examples import Fields
+from jaxgrad.errors import UserError
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.study import read_study
 
@@ -44,8 +44,8 @@ def test_every_key_arrives(tmp_path):
         'protocol = "clean"\nchat = "no"\nmax_length = 7\nparameters = "mlp"\nmethod = "dense"\n'
         'spectrum = true\nextremes = true\nsimilarity = true\nlayerwise = "no"\n'
         'batch_tokens = 3\ndtype = "float64"\n'
-        'precision = "high"\ndate = "2024-02-29"\nstart = 2\nlimit = 5\ninstruction_field = "a"\n'
-        'input_field = "b"\noutput_field = "c"\n',
+        'precision = "high"\nloss = "response_sum"\ndate = "2024-02-29"\n'
+        'start = 2\nlimit = 5\ninstruction_field = "a"\ninput_field = "b"\noutput_field = "c"\n',
         1,
     ).replace("#R\n", "level = 0.9\nnum_resamples = 300\nnum_permutations = 900\nseed = 4\n")
     config = read(tmp_path, text)
@@ -63,6 +63,7 @@ def test_every_key_arrives(tmp_path):
         dtype="float64",
         precision="high",
         date="2024-02-29",
+        loss="response_sum",
     )
     assert config.options == expected
     assert (config.start, config.limit, config.fields) == (2, 5, Fields("a", "b", "c"))
@@ -87,6 +88,11 @@ def test_every_key_arrives(tmp_path):
         ("[[models]]", "[analyze]\nstart = -1\n[[models]]", "start = -1 is too small"),
         ("[[models]]", '[analyze]\nprotocol = "papers"\n[[models]]', "use one of paper, clean"),
         ("[[models]]", '[analyze]\ndtype = "int8"\n[[models]]', "float32, bfloat16, float64"),
+        (
+            "[[models]]",
+            '[analyze]\nloss = "mean"\n[[models]]',
+            "[analyze]: loss = 'mean' is unknown: use one of response_mean, response_sum",
+        ),
         ("[[models]]", '[analyze]\ndate = "2023-02-29"\n[[models]]', "2023-02-29"),
         ("[[models]]", '[analyze]\nsimilarity = "yes"\n[[models]]', "not true or false"),
         ("[[models]]", "analyze = 1\n[[models]]", "'analyze' is not a table"),

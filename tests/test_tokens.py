@@ -7,11 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from jaxgrad.data import tokens
-from jaxgrad.errors import UserError
-from jaxgrad.data.examples import Example, Message
+from jaxgrad.data import chat_template, tokens
 from jaxgrad.data.chat_template import SYSTEM_MESSAGE, uses_chat
+from jaxgrad.data.examples import Example, Message
 from jaxgrad.data.tokens import Protocol, tokenize, tokenize_all
+from jaxgrad.errors import UserError
 
 BOS, EOS = "<s>", "</s>"
 TURNS = (
@@ -186,7 +186,7 @@ def test_a_template_cannot_leave_the_sandbox(escape):
     ],
 )
 def test_a_template_without_end_or_measure_is_refused(monkeypatch, template, reason):
-    monkeypatch.setattr(tokens, "TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 1.0)
     tokenizer = byte_tokenizer(template=template)
     tokenizer.name_or_path = "some/model"
     with pytest.raises(UserError, match=r"record 7: the chat template of some/model") as caught:

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs a command until it is done: again after 75 (stopped by SIGTERM) and 69 (a process of its group
-# died), the exit codes with which bin/analyze asks for it; every other code is handed on at once.
+# Runs a command until it is done. It starts again after exit codes 75 (stopped by SIGTERM) and 69 (a
+# process of the group died), with which bin/analyze asks for it. Any other code ends this script, too.
 #
 #   command     configs/cloud/run_until_done.sh python3 bin/analyze --data_path=F --output_dir=D
 #   settings    MAX_ATTEMPTS (20), RETRY_SECONDS between two attempts (10), FORWARD (yes)
-#   preemption  A SIGTERM to this script goes on to the command, is waited for, and ends both with 75:
-#               the machine is about to go, so whoever sent it starts again elsewhere. A SIGTERM to the
-#               command alone lets it finish its batch and start anew here. FORWARD=no where SIGTERM goes
-#               to every process anyway, as when a machine shuts down: a second one would end bin/analyze
-#               in the middle of its batch.
+#   preemption  SIGTERM to this script: it is passed on, the command finishes its batch, and both end with
+#               75. The machine is about to go, so whoever sent the signal starts again elsewhere.
+#               SIGTERM to the command alone: it finishes its batch and is started again here.
+#               FORWARD=no: for machines that send SIGTERM to every process, as at a shutdown. A second
+#               SIGTERM would end bin/analyze in the middle of its batch.
 #   costs       none of its own
 set -u
-# The command becomes a process group of its own, so that Ctrl-C reaches it once, through the trap below
-# (a shell without job control makes its background commands deaf to it).
+# Job control: the command gets a process group of its own, so Ctrl-C reaches it once, by the trap below.
+# Without job control a shell makes its background commands ignore Ctrl-C.
 set -m
 RUN_AGAIN=75 LOST_PROCESS=69
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-20}" RETRY_SECONDS="${RETRY_SECONDS:-10}" FORWARD="${FORWARD:-yes}"
@@ -39,9 +39,9 @@ trap 'stop INT' INT
 for ((attempt = 1; ; attempt++)); do
   "$@" &
   child=$!
-  # A signal may have come before the child had a name.
+  # A signal may have come before `child` was set.
   if [ -n "$told_to_stop" ] && [ -z "$handed_on" ]; then hand_on; fi
-  # A trap ends `wait` before the command has ended; asked again, it gives the command's code.
+  # A trap ends `wait` early. Called again, it waits for the command and gives its code.
   while :; do
     interrupted=""
     wait "$child"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One TPU VM (spot, by a queued resource) until the run is done; a preempted VM is replaced; the VM is
-# deleted at the end, whatever the end is. Runs on your own machine and needs gcloud there.
-# Nothing was run on a cloud: what was checked, and how, stands in BUILD_NOTES.md.
+# One TPU VM (spot, by a queued resource) until the run is done. A preempted VM is replaced. The VM is
+# deleted at the end, however it ends. Runs on your own machine and needs gcloud there.
+# Not yet run on a cloud; docs/cloud.md says what was checked, and how.
 #
 #   command     PROJECT=P ZONE=us-west4-a MODEL=M DATA=F OUTPUT=gs://BUCKET/RUN \
 #                 configs/cloud/tpu_vm.sh [flags of bin/analyze]
@@ -12,22 +12,20 @@
 #               (v5litepod-8: eight chips on one host); RUNTIME (v2-alpha-tpuv5-lite); MAX_VMS (20);
 #               POLL_SECONDS (60)
 #
-#   preemption  A spot VM that is taken away is shut down, and shutting down sends SIGTERM to its
-#               processes: bin/analyze finishes its batch if the time suffices (Compute Engine gives spot
-#               VMs 30 s) and ends with 75. Finished batches are in the bucket either way. This script
-#               sees the queued resource leave ACTIVE, deletes it, asks for another and gives the same
-#               command, which goes on where the run stopped. On the VM itself run_until_done.sh starts
-#               again after 75 and 69.
-#   exit codes  0 done; 2 bad input, 1 or any other code of bin/analyze: at once, no second VM; 75: still
-#               not done after MAX_VMS VMs. Ctrl-C: 130, the VM is deleted.
-#   the end     A trap deletes the VM however this script ends, except by kill -9 or with the machine it
-#               runs on: then you go on paying until you delete it by the command that it printed first.
+#   preemption  A spot VM that is taken away is shut down, which sends SIGTERM to its processes. bin/analyze
+#               finishes its batch if the time suffices (Compute Engine gives spot VMs 30 s) and ends with
+#               75. Finished batches are in the bucket either way. This script sees the queued resource
+#               leave ACTIVE, deletes it, asks for another and gives the same command, which goes on where
+#               the run stopped. On the VM itself run_until_done.sh starts again after 75 and 69.
+#   exit codes  0: done. 75: still not done after MAX_VMS VMs. 130: Ctrl-C, the VM is deleted. 2 (bad
+#               input), 1 or any other code of bin/analyze: ended at once, with no second VM.
+#   the end     A trap deletes the VM however this script ends, except by kill -9 or if its machine stops.
+#               Then you go on paying until you delete the VM, by the command that was printed first.
 #
 #   time        bin/analyze --dry_run --calibrate on the VM estimates T seconds
-#   costs       PRICE x CHIPS x (T + VMs x S) / 3600: PRICE of a chip and hour (spot, your zone; no price of
-#               a v5e with a date was found in the documentation at hand, so none stands here); CHIPS 8 for
-#               v5litepod-8; VMs how many it took; S seconds from ACTIVE to the first batch (copy, install,
-#               load, compile), which are charged, while waiting in the queue is not. And the bucket.
+#   costs       PRICE x CHIPS x (T + VMs x S) / 3600, and the bucket. PRICE: of a chip and hour (spot, your
+#               zone). CHIPS: 8 for v5litepod-8. VMs: how many it took. S: seconds from ACTIVE to the first
+#               batch (copy, install, load, compile). Waiting in the queue is not charged.
 set -euo pipefail
 RUN_AGAIN=75 LOST_PROCESS=69
 : "${PROJECT:?set PROJECT: the Google Cloud project}"
@@ -84,13 +82,13 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# Background and `wait`, so that a signal need not wait for the end of the pause.
+# In the background, so that a signal ends the pause at once.
 pause() {
   sleep "$POLL_SECONDS" &
   wait $!
 }
 
-# 0 once the VM is there; 1 when the request came to nothing or the VM has gone already.
+# 0: the VM is there. 1: the request came to nothing, or the VM has gone already.
 create_vm() {
   created=yes
   if ! tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
@@ -107,7 +105,7 @@ create_vm() {
   done
 }
 
-# The checkout, the data, and a Python of its own: that of a VM image may be older than 3.11.
+# The checkout, the data, and a new Python, because that of the VM's image may be older than 3.11.
 install_on_vm() {
   tpus tpu-vm scp "$WORK/jaxgrad.tar.gz" "$WORK/run.sh" "$DATA" "$NAME": &&
     on_vm 'mkdir -p jaxgrad && tar -xzf jaxgrad.tar.gz -C jaxgrad &&
@@ -115,8 +113,8 @@ install_on_vm() {
       .local/bin/uv pip install --quiet --python venv/bin/python "./jaxgrad[tpu,gcs]"'
 }
 
-# What runs on the VM, detached from ssh: a lost connection must not end it. gcloud repeats a command
-# whose connection failed, so a second start does nothing.
+# What runs on the VM, detached from ssh, so that a lost connection does not end it. gcloud repeats a
+# command whose connection failed, so a second start does nothing.
 write_run() {
   local analyze=(venv/bin/python jaxgrad/bin/analyze --model_path="$MODEL"
     --data_path="$(basename "$DATA")" --output_dir="$OUTPUT" --mesh=auto "$@")
@@ -128,8 +126,8 @@ write_run() {
   } >"$WORK/run.sh"
 }
 
-# Sets `code` to that of the run, or to 75 when the VM has gone. A VM that is there and cannot be reached
-# for LOST polls counts as gone; while this machine is offline nothing is known, and nothing is decided.
+# Sets `code` to that of the run, or to 75 if the VM has gone. A VM that is there but cannot be reached for
+# LOST polls counts as gone. While this machine is offline nothing is decided.
 LOST=30
 wait_for_run() {
   local answer unreachable=0

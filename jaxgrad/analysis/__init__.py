@@ -3,13 +3,14 @@
     Results -> example_set -> ExampleSet -> .values(statistic) -> describe -> curve, MAD, segments
                two of them -> contrast -> RD, sign-flip p, AUC, counts; and the controls of `controls`
 
-`curves` reads statistics off mean curves; `resampling` draws examples, `intervals` makes limits of the
-draws; `pairing` says which sets and examples belong together, `separation` has p and AUC; `similarity`
-averages cosines; `summary` is the short table of `bin/summarize`.
+`statistics` declares what can be analysed, `addresses` orders the matrices of a layer. `curves` computes
+MAD and RD from mean curves. `resampling` draws examples, `intervals` turns the draws into limits. `pairing`
+says which sets and examples belong together, `separation` has p and AUC. `similarity` averages cosines.
+`summary` is the short table of `bin/summarize`.
 
-To the package's dimension key come, in this stage alone:
+This stage adds to the package's dimension key, and uses R for something else:
 
-    E examples of a set     P projections     R bootstrap resamples (no singular value is in sight)
+    E examples of a set     P matrices of a layer ("q", "up.3")     R bootstrap resamples
 """
 
 from jaxgrad.analysis.contrasts import Contrast, Description, contrast, describe
@@ -24,15 +25,22 @@ from jaxgrad.analysis.controls import (
     sum_loss_contrast,
 )
 from jaxgrad.analysis.curves import mean_absolute_difference, segments
-from jaxgrad.analysis.example_set import STATISTICS, ExampleSet, Values, example_set
+from jaxgrad.analysis.example_set import ExampleSet, Values, example_set
 from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.pairing import check_comparable, pair_by_instruction
 from jaxgrad.analysis.resampling import Resampling
 from jaxgrad.analysis.separation import chance_smaller, sign_flip_test
 from jaxgrad.analysis.similarity import Similarity, mean_similarity
+from jaxgrad.analysis.statistics import (
+    DEFAULT_STATISTICS,
+    STATISTICS,
+    Statistic,
+    find_statistic,
+)
 from jaxgrad.analysis.summary import mean_curves, summary_table
 
 __all__ = [
+    "DEFAULT_STATISTICS",
     "STATISTICS",
     "Contrast",
     "Description",
@@ -43,6 +51,7 @@ __all__ = [
     "LengthRegression",
     "Resampling",
     "Similarity",
+    "Statistic",
     "Values",
     "bootstrap",
     "chance_smaller",
@@ -50,6 +59,7 @@ __all__ = [
     "contrast",
     "describe",
     "example_set",
+    "find_statistic",
     "leakage_contrast",
     "length_regression",
     "match_response_tokens",

@@ -1,4 +1,4 @@
-"""One set described, and two sets compared: every number with its interval, and who was counted."""
+"""One set described, and two sets compared: every number with its interval, and the examples used."""
 
 from dataclasses import dataclass
 
@@ -19,13 +19,13 @@ class Description:
     """One set's curves.
 
     Attributes:
-        values: The statistic of every example that is counted.
+        values: The statistic of every example that is used.
         curve_LP: Mean curve; percentile intervals, layer by layer.
         mean_P: Mean over layers of the curve.
         mad_P: MAD over all layers, "debiased" interval; None where a layer is missing.
         segment_mad_3P: MAD of the early, middle and last layers; None where a layer is missing or
             the model has fewer than three.
-        note: Why one of them is None, what limits an interval, or None.
+        note: Why one of them is None, or what limits an interval; None if nothing does.
     """
 
     values: Values
@@ -63,15 +63,15 @@ class Contrast:
         first, second: The values that are compared.
         pairs: Examples that belong together.
         difference_P: Mean of the second minus mean of the first, each over layers and examples.
-        ratio_P: The one over the other; NaN where the first's is zero.
+        ratio_P: Mean of the second over mean of the first; NaN where the first's is zero.
         rd_LP: RD, signed, by layer.
         mean_absolute_rd_P: RD, absolute, averaged over layers; "debiased" interval.
-        mad_difference_P: MAD of the second minus MAD of the first, `bootstrap_difference`; None where
-            a layer is missing.
+        mad_difference_P: MAD of the second minus MAD of the first, see `MeanDraws.difference`; None
+            where a layer is missing.
         largest: Positions in `first.examples.layers` of the five largest |RD|, [5, P].
         sign_flip: p of the paired differences of the examples' means over layers.
         chance_smaller_P: AUC of the examples' means over layers.
-        note: What was not compared, is missing or limits an interval, or None.
+        note: What was not compared, what is missing, or what limits an interval; None if nothing does.
     """
 
     first: Values
@@ -139,14 +139,14 @@ def contrast(
 ) -> Contrast:
     """Compares two sets by one statistic.
 
-    The means, RD and AUC are of all examples of each set, the intervals know which belong together,
-    and p is of the pairs alone.
+    Means, RD and AUC are of all examples of each set. The bootstrap draws the two examples of a pair
+    together. p uses the pairs only.
 
     Args:
         first: The reference set (correct responses, or no chain of thought).
         second: The other.
         statistic: See `ExampleSet.values`.
-        pairs: Places in `first` and `second`; by default those of equal instruction. Given, they
+        pairs: Positions in `first` and `second`; by default those of equal instruction. Given pairs
             need a statistic that is defined for every example.
         same_model: See `check_comparable`.
         resampling: See there.

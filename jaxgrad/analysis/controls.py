@@ -1,10 +1,10 @@
-"""Is it the reasoning, or the length, or a leak? Contrasts again, with the other explanation removed.
+"""Is a contrast due to the reasoning, to the length or to a leak? Contrasts with one explanation removed.
 
-The loss is a mean over response tokens, so that long responses have small gradients for no other
-reason than their length. Three controls ask how much of a contrast is that: the summed loss, sets
-matched on length, and a regression with a length term. None of them is right alone: the sum turns
-the dependence round, matching keeps only the lengths that both sets have, and the regression is an
-extrapolation where they have none in common. Each says how far it reaches.
+The loss is usually a mean over response tokens. Long responses then have small gradients because of their
+length alone. Three controls ask how much of a contrast that explains: the summed loss, sets matched on
+length, and a regression with a length term. No control is enough by itself: with the sum, norms grow with
+the length; matching keeps only the lengths that both sets have; the regression extrapolates where they have
+none in common. Each result says how far it can be trusted.
 """
 
 import dataclasses
@@ -35,8 +35,10 @@ def sum_loss_contrast(
 ) -> Contrast:
     """The contrast of the nuclear norm for the sum instead of the mean of the token losses.
 
+    For runs that measured the sum it is the contrast of the nuclear norm itself.
+
     Raises:
-        UserError: As `contrast`, and where the response tokens are unknown.
+        UserError: As `contrast`; the response tokens are unknown, or the loss is neither of the two.
     """
     return contrast(first, second, "sum_loss_norm", same_model=same_model, resampling=resampling)
 
@@ -48,11 +50,11 @@ class LengthMatch:
     Attributes:
         first, second: The matched examples, in the order of their data files; `left_out` says who is
             not among them.
-        pairs: Their places, a pair an entry.
+        pairs: Who belongs to whom: positions in the two sets.
         caliper: Largest |ln tokens2 - ln tokens1| allowed.
         difference_before: Mean ln response tokens of the second set minus the first, all examples.
-        difference_after: The same of the matched ones; NaN without any.
-        largest_after: The largest |difference| within a pair; NaN without any.
+        difference_after: The same of the matched examples; NaN where there are none.
+        largest_after: The largest |difference| within a pair; NaN where there are none.
     """
 
     first: ExampleSet
@@ -69,8 +71,8 @@ def match_response_tokens(
 ) -> LengthMatch:
     """Matches one to one on log response tokens, without replacement.
 
-    As many pairs as the caliper allows, and among all such matchings the one with the smallest sum of
-    |differences|: unlike the greedy choice it does not depend on the order of the examples. Time and
+    Of all matchings with as many pairs as the caliper allows, this is the one with the smallest sum of
+    |differences|. It does not depend on the order of the examples, as a greedy choice would. Time and
     memory grow with E1 * E2 (500 x 500: 0.1 s).
 
     | case | result |
@@ -84,11 +86,11 @@ def match_response_tokens(
     if not (np.isfinite(caliper) and caliper >= 0):
         raise UserError(f"caliper is {caliper}: give a difference of log lengths, like 0.1.")
     first, second = _with_lengths(first), _with_lengths(second)
-    one, two = np.log(first.response_tokens_E), np.log(second.response_tokens_E)
+    one, two = np.log(first.response_tokens), np.log(second.response_tokens)
     distance = np.abs(one[:, None] - two)
-    # ln 3 - ln 3 is 0 exactly; this only keeps a caliper that is itself a difference of logs.
+    # The tolerance keeps a pair whose difference is the caliper itself, up to rounding.
     allowed = distance <= caliper * (1 + 1e-12)
-    # One forbidden pair costs more than every allowed one together: the number comes first.
+    # One forbidden pair costs more than all allowed ones together, so the number of pairs comes first.
     forbidden = (caliper + 1) * (min(distance.shape) + 1)
     rows, columns = linear_sum_assignment(np.where(allowed, distance, forbidden))
     kept = allowed[rows, columns]
@@ -96,7 +98,7 @@ def match_response_tokens(
     remaining = two[columns] - one[rows]
     none = len(rows) == 0
     reason = f"no partner within {caliper:g} in log response tokens"
-    # `subset` keeps the order of the set, so the second set's places have to be ranked anew.
+    # `subset` keeps the order of the set, so the positions in the second set are ranked anew.
     place = np.empty(len(columns), np.int64)
     place[np.argsort(columns)] = np.arange(len(columns))
     return LengthMatch(
@@ -121,8 +123,8 @@ def matched_contrast(
 ) -> tuple[LengthMatch, Contrast | None]:
     """The contrast between examples matched on length; None where no two match.
 
-    Matched examples are pairs here, for the resampling and for the sign flips; p then asks whether
-    two responses of one length could change places.
+    Matched examples are the pairs here, for the resampling and for the sign flips. So p asks whether two
+    responses of one length could be swapped.
 
     Raises:
         UserError: As `match_response_tokens` and `contrast`.
@@ -151,10 +153,10 @@ class LengthRegression:
         contrast_P: Coefficient of "is of the second set" alone: the difference of the means of y.
         adjusted_P: The same with the length term beside it.
         slope_P: Coefficient of ln response tokens, one for both sets.
-        overlap: Share of the examples with a length within the range of the other set; at 0 the
+        overlap: Share of the examples whose length is within the range of the other set. At 0 the
             adjusted contrast is an extrapolation.
         log_value: y is the natural logarithm of the example's value.
-        note: What limits it, or None.
+        note: What limits it; None if nothing does.
     """
 
     first: ExampleSet
@@ -168,7 +170,7 @@ class LengthRegression:
 
     @property
     def adjusted_ratio(self) -> Interval:
-        """exp(b) of `adjusted_P`, for `log_value`: a ratio; exp is monotone, so limits stay limits."""
+        """With `log_value`: exp of `adjusted_P`, a ratio. exp is monotone, so limits stay limits."""
         log_P = self.adjusted_P
         limits = {name: np.exp(getattr(log_P, name)) for name in ("estimate", "low", "high")}
         return dataclasses.replace(log_P, **limits, bias=np.full_like(log_P.bias, np.nan))
@@ -183,25 +185,26 @@ def length_regression(
     same_model: bool = True,
     resampling: Resampling = Resampling(),
 ) -> LengthRegression:
-    """How much of a contrast a log-length term takes over.
+    """How much of a contrast a log-length term explains.
 
-    y = a + b [second set] + c ln(response tokens). By the theorem of Frisch, Waugh and Lovell c is
-    the covariance of y and the length within the sets over its variance there, and
-    b = (mean y2 - mean y1) - c (mean length2 - mean length1): functions of means over examples, so
-    that the same bootstrap serves (pairs drawn as units; no assumption on the errors' variance).
+    y = a + b [second set] + c ln(response tokens). By the theorem of Frisch, Waugh and Lovell, c is the
+    covariance of y and the log length within the sets, over the variance of the log length there, and
+    b = (mean y2 - mean y1) - c (mean log length2 - mean log length1). Both are functions of means over
+    examples, so the same bootstrap makes their intervals: pairs are drawn as units, and nothing is assumed
+    of the errors' variance.
 
     Args:
         first: The reference set.
         second: The other.
         statistic: Of which an example's y is the mean over layers.
-        log_value: Take its logarithm: a norm falls with length by a factor, and exp(b) is the ratio of
-            the sets. Without it y is the value itself.
+        log_value: Take the logarithm as y: a norm falls with length by a factor, and exp(b) is the ratio
+            of the sets. False: y is the value itself.
         same_model: See `check_comparable`.
         resampling: See there.
 
     Returns:
-        The coefficients. `adjusted_P` and `slope_P` are NaN, with a note, where neither set's lengths
-        vary: nothing then tells the length from the set.
+        The coefficients. `adjusted_P` and `slope_P` are NaN, with a note, where the lengths do not vary
+        within the sets: then length and set cannot be told apart.
 
     Raises:
         UserError: Sets that cannot be compared, unknown response tokens, or a value that is not
@@ -218,8 +221,8 @@ def length_regression(
                 "Choose log_value=False or another statistic."
             )
         y = [np.log(part) for part in y]
-    x = [np.log(examples.response_tokens_E)[:, None] for examples in sets]
-    # Products of centred numbers: the variance is then no difference of large ones.
+    x = [np.log(examples.response_tokens)[:, None] for examples in sets]
+    # Centred first: the variance is then not a difference of large numbers.
     centre_x, centre_y = np.concatenate(x).mean(axis=0), np.concatenate(y).mean(axis=0)
     x, y = [part - centre_x for part in x], [part - centre_y for part in y]
     sizes = [len(part) for part in x]
@@ -261,11 +264,11 @@ def _overlap(one_E: np.ndarray, two_E: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Leakage:
-    """Pairs whose "irrelevant" response is the correct one after all.
+    """Pairs whose "irrelevant" response is the correct one by chance.
 
     Attributes:
         num_pairs: Instructions with a response in both sets.
-        num_leaked: Of them, those with equal responses, white space around them aside.
+        num_leaked: Of them, those with equal responses (white space at the ends does not count).
         everything: The contrast of all examples.
         without: The contrast without the leaked pairs; None where nothing is left of a set.
     """
@@ -286,7 +289,7 @@ def leakage_contrast(
 ) -> Leakage:
     """The contrast of correct and irrelevant responses, with and without the pairs that leak.
 
-    Shuffled answers are often right by chance: one of two where the answer is yes or no.
+    Shuffled answers are often right by chance: half of them where the answer is yes or no.
 
     Raises:
         UserError: As `contrast`.
@@ -310,7 +313,7 @@ def leakage_contrast(
 
 
 def leaked_pairs(correct: ExampleSet, irrelevant: ExampleSet, pairs: Pairs) -> np.ndarray:
-    """Mask of the pairs with equal responses, white space around them aside; unknown ones are not."""
+    """Mask of the pairs with equal responses; white space at the ends does not count, null is unequal."""
     texts = [
         (correct.responses[a], irrelevant.responses[b])
         for a, b in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
@@ -322,7 +325,7 @@ def leaked_pairs(correct: ExampleSet, irrelevant: ExampleSet, pairs: Pairs) -> n
 
 
 def _with_lengths(examples: ExampleSet) -> ExampleSet:
-    known_E = examples.response_tokens_E >= 1
+    known_E = examples.response_tokens >= 1
     if not known_E.any():
         raise UserError(
             f"{examples.label}: its response tokens are unknown (the authors' files have none), so "

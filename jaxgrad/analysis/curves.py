@@ -1,10 +1,10 @@
-"""What is read off mean curves: MAD over all layers and by segment, RD and its largest layers.
+"""Numbers of mean curves: MAD over all layers and by segment, RD and its largest layers.
 
 A mean curve is a statistic of one projection averaged over examples, as a function of the layer.
 Source of the definitions: Li, Li & Zhou, ACL 2025 (arXiv 2410.23743).
 
-Every function but `mean_absolute_difference` takes `curve_LP`, one curve a projection, with any axes
-before it (resamples): the same code makes the estimate and its bootstrap distribution.
+Every function but `mean_absolute_difference` takes `curve_LP`, one curve for each projection. More axes may
+come before these (resamples), so the same code makes the estimate and its bootstrap distribution.
 """
 
 import math
@@ -32,14 +32,14 @@ class Segment(NamedTuple):
 def segments(num_layers: int) -> tuple[Segment, Segment, Segment]:
     """The early, middle and last layers of a model.
 
-    The authors give them for four depths. One rule makes them for every depth: a boundary stands at
-    a fraction of the depth; the fraction is the authors' at their depths, is interpolated linearly
-    between the two neighbouring ones, and is that of the nearest below 26 and above 42. The product
-    is rounded half up, in exact arithmetic, so that the authors' own depths give the authors' table.
+    The authors give them for four depths. One rule makes them for every depth. A boundary stands at a
+    fraction of the depth. At the authors' depths the fraction is theirs; between two of these it is
+    interpolated linearly; below 26 and above 42 it is that of the nearest. The product is rounded half up
+    in exact arithmetic, so that the authors' own depths give the authors' table.
 
-    Nothing simpler does. The middle begins at 7, 7, 10, 12 for N = 26, 28, 32, 42: floor(a N + c)
-    would need 4 a > 2 (from 28 to 32) and 10 a < 3 (from 32 to 42). Quarters, the shape of N = 28,
-    give 26 but not 32 or 42.
+    A simpler rule cannot reproduce the table. The middle begins at 7, 7, 10, 12 for N = 26, 28, 32, 42:
+    floor(a N + c) would need 4 a > 2 (from 28 to 32) and 10 a < 3 (from 32 to 42). Quarters, as for
+    N = 28, give 26 but not 32 or 42.
 
     | N | early | middle | last | from |
     |---|---|---|---|---|
@@ -118,7 +118,7 @@ def relative_difference(reference_LP: np.ndarray, other_LP: np.ndarray) -> np.nd
     """RD, signed: (s2 - s1) / s1 per layer, 1 = the reference set.
 
     Returns:
-        [..., L, P], no unit; NaN where the reference is zero: the difference has no scale there.
+        [..., L, P], no unit; NaN where the reference is zero.
     """
     zero = reference_LP == 0
     return np.where(zero, np.nan, (other_LP - reference_LP) / np.where(zero, 1.0, reference_LP))
@@ -137,13 +137,13 @@ def largest_layers(rd_LP: np.ndarray, count: int = 5) -> np.ndarray:
         count: how many; all layers where there are fewer.
 
     Returns:
-        int64 [min(count, L), P], largest first; of equal ones the lower layer first, NaN last.
+        int64 [min(count, L), P], largest first. Of equal ones the lower layer comes first; NaN is last.
     """
     size_LP = np.where(np.isnan(rd_LP), -1.0, np.abs(rd_LP))
     return np.argsort(-size_LP, axis=0, kind="stable")[:count]
 
 
 def has_every_layer(layers: tuple[int, ...], num_layers: int | None) -> bool:
-    """Whether steps between neighbours make sense: layers 0 .. N-1, N of the model where known."""
+    """Whether these are all layers 0 .. N-1, so that MAD is defined; N is None where it is unknown."""
     contiguous = layers[0] == 0 and all(b == a + 1 for a, b in pairwise(layers))
     return contiguous and num_layers in (None, len(layers))

@@ -1,4 +1,4 @@
-"""One run as dense arrays: a value for every example, layer and projection, and who was left out."""
+"""One run as dense arrays: a value for every example, layer and projection, and what was left out."""
 
 import dataclasses
 from collections import Counter
@@ -9,21 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from jaxgrad.analysis.addresses import within_layer
 from jaxgrad.analysis.curves import has_every_layer
+from jaxgrad.analysis.statistics import find_statistic
 from jaxgrad.errors import UserError
-from jaxgrad.projections import ATTENTION, PROJECTION_NAMES
+from jaxgrad.projections import ATTENTION
+from jaxgrad.results.columns import ADDRESS, EXAMPLES, MATRICES, Column
+from jaxgrad.results.losses import loss_of
 from jaxgrad.results.read import Results
 
-# Statistic -> the columns it is made of.
-STATISTICS = {
-    "nuclear_norm": ("nuclear_norm",),
-    "sigma_ratio": ("sigma_max", "nuclear_norm"),
-    "effective_rank": ("effective_rank",),
-    "effective_rank_fraction": ("effective_rank", "rank_bound"),
-    "loss_normalised_norm": ("nuclear_norm", "loss"),
-    "sum_loss_norm": ("nuclear_norm", "num_response_tokens"),
-}
-_MATRIX_COLUMNS = ("nuclear_norm", "sigma_max", "effective_rank", "rank_bound")
+# These say which matrix a number belongs to.
+_ADDRESS = {column.name for column in ADDRESS}
+_NORM = "nuclear_norm"
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,16 @@ class ExampleSet:
         label: What messages and tables call it.
         run: The content of run.json.
         layers: Measured layers, ascending.
-        projections: Measured projections, in the order of `PROJECTION_NAMES`.
+        projections: The axis P: the matrices' addresses within a layer, as words. "q" is a whole weight,
+            "up.3" that of an expert, "q.lora_A" a part. In the order of a layer.
         index_E: Position of each example in its data file, ascending.
-        occurrence_E: How many earlier examples of the data file have the same instruction, those
-            left out included: a skipped duplicate must not shift the pairing of the next one.
+        occurrence_E: How many earlier examples of the data file have the same instruction. Those left
+            out count too: a skipped duplicate must not shift the pairing of the next one.
         example_ids, instructions, responses: Texts, one an example.
-        loss_E: Nats per response token; NaN where unknown.
-        response_tokens_E: Tokens that carry the loss; NaN where unknown.
-        truncated_E: Cut at max_length: used, and counted. None where the file does not tell.
-        column_ELP: The columns of the matrices table, NaN where null.
+        truncated_E: Cut at max_length. Such examples are used. None where the file does not tell.
+        column_E: The numbers of the examples table by column, NaN where null.
+        column_ELP: The numbers of the matrices table by column, NaN where null. A column without a single
+            number is not there.
         left_out: The examples that are not in the arrays.
     """
 
@@ -64,9 +62,8 @@ class ExampleSet:
     example_ids: tuple[str, ...]
     instructions: tuple[str | None, ...]
     responses: tuple[str | None, ...]
-    loss_E: np.ndarray
-    response_tokens_E: np.ndarray
     truncated_E: np.ndarray | None
+    column_E: Mapping[str, np.ndarray]
     column_ELP: Mapping[str, np.ndarray]
     left_out: tuple[LeftOut, ...]
 
@@ -74,6 +71,21 @@ class ExampleSet:
     def num_examples(self) -> int:
         """How many examples are in the arrays."""
         return len(self.index_E)
+
+    @property
+    def loss_name(self) -> str:
+        """Whose gradients these are, as --loss names it."""
+        return loss_of(self.run)
+
+    @property
+    def loss(self) -> np.ndarray:
+        """The value of that loss, in its unit; NaN where unknown."""
+        return self.column_E["loss"]
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """Tokens that carry the loss; NaN where unknown."""
+        return self.column_E["num_response_tokens"]
 
     @property
     def num_truncated(self) -> int | None:
@@ -91,11 +103,11 @@ class ExampleSet:
         return dict(sorted(Counter(item.reason for item in self.left_out).items()))
 
     def subset(self, keep: np.ndarray, reason: str) -> "ExampleSet":
-        """The set with some examples alone; the others are left out for `reason`.
+        """Some of the examples; the others are added to `left_out`.
 
         Args:
             keep: Boolean mask [E].
-            reason: Why the others are not used.
+            reason: Why the others are left out.
         """
         keep_E = np.asarray(keep, bool)
         out = [
@@ -113,58 +125,52 @@ class ExampleSet:
             example_ids=texts(self.example_ids),
             instructions=texts(self.instructions),
             responses=texts(self.responses),
-            loss_E=self.loss_E[keep_E],
-            response_tokens_E=self.response_tokens_E[keep_E],
             truncated_E=None if self.truncated_E is None else self.truncated_E[keep_E],
+            column_E={name: column[keep_E] for name, column in self.column_E.items()},
             column_ELP={name: column[keep_E] for name, column in self.column_ELP.items()},
             left_out=(*self.left_out, *out),
         )
 
-    def values(self, statistic: str = "nuclear_norm") -> "Values":
+    def values(self, statistic: str = _NORM) -> "Values":
         """A statistic of every example for which it is defined in every layer and projection.
 
-        | statistic | value | undefined, so the example is left out |
-        |---|---|---|
-        | nuclear_norm | s, of the mean loss | never |
-        | sigma_ratio | sigma_1 / s | s = 0 |
-        | effective_rank | exp(entropy of sigma / s) | s < 1e-12 (null in the table) |
-        | effective_rank_fraction | effective rank / rank_bound | as above |
-        | loss_normalised_norm | s / loss | loss = 0 |
-        | sum_loss_norm | s * response tokens: s of the summed loss | never |
-
-        The gradient of the summed loss is the mean loss's times the number of response tokens, and
-        so are its singular values: no new run is needed for it.
+        Args:
+            statistic: A name of `STATISTICS`, or of a column of the file that is not declared there.
 
         Raises:
-            UserError: No such statistic, or the run has a column it needs for no example, or it is
-                defined for no example.
+            UserError: No such statistic; it is not for gradients of the run's loss; no example has a
+                column that it needs; or it is defined for no example.
         """
-        if statistic not in STATISTICS:
-            raise UserError(f"No statistic {statistic!r}: there are {', '.join(STATISTICS)}.")
-        column = dict(self.column_ELP)
-        column["loss"] = self.loss_E[:, None, None]
-        column["num_response_tokens"] = self.response_tokens_E[:, None, None]
-        for name in STATISTICS[statistic]:
-            if np.isnan(column[name]).all():
-                raise UserError(
-                    f"{self.label}: {name} was not measured, and {statistic} needs it. "
-                    "Analyze the data again, or choose another statistic."
-                )
-        first, *second = (column[name] for name in STATISTICS[statistic])
-        if not second:
-            value_ELP = first
-        elif statistic == "sum_loss_norm":
-            value_ELP = first * second[0]
-        else:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                value_ELP = first / second[0]
+        found = find_statistic(statistic, loss=self.loss_name, stored=self.column_ELP)
+        if not found.is_for(self.loss_name):
+            raise UserError(
+                f"{self.label}: {statistic} is not known for gradients of the loss {self.loss_name}. "
+                "Choose another statistic."
+            )
+        shape = (self.num_examples, len(self.layers), len(self.projections))
+        with np.errstate(all="ignore"):
+            value = found.formula(*(self._column(name, statistic) for name in found.columns))
+        value_ELP: np.ndarray = np.broadcast_to(np.asarray(value, np.float64), shape)
         defined_E = np.isfinite(value_ELP).all(axis=(1, 2))
         if not defined_E.any():
-            raise UserError(f"{self.label}: {statistic} is defined for none of its examples.")
+            when = f" (undefined when {found.undefined_when})" if found.undefined_when else ""
+            raise UserError(f"{self.label}: {statistic} is defined for none of its examples{when}.")
         examples = self
         if not defined_E.all():
             examples = self.subset(defined_E, f"{statistic} undefined in a matrix")
         return Values(examples, statistic, value_ELP[defined_E])
+
+    def _column(self, name: str, statistic: str) -> np.ndarray:
+        """A column of either table as a formula takes it: [E, L, P] or [E, 1, 1]."""
+        column = self.column_ELP.get(name)
+        if column is None and name in self.column_E:
+            column = self.column_E[name][:, None, None]
+        if column is None or np.isnan(column).all():
+            raise UserError(
+                f"{self.label}: {name} was not measured, and {statistic} needs it. "
+                "Analyze the data again, or choose another statistic."
+            )
+        return column
 
 
 @dataclass(frozen=True)
@@ -172,8 +178,8 @@ class Values:
     """A statistic of a set, all finite.
 
     Attributes:
-        examples: The examples it is defined for; the others are in its `left_out`.
-        statistic: Its name in `STATISTICS`.
+        examples: Those for which it is defined; the others are in its `left_out`.
+        statistic: Its name.
         value_ELP: float64 [E, L, P].
     """
 
@@ -198,8 +204,8 @@ def example_set(
     Args:
         results: From `read_results` or `read_authors_jsonl`.
         label: What messages and tables call the set.
-        projections: Which ones; by default those of q, k, v, o that were measured, or where there
-            are none of them all that belong to a layer.
+        projections: Which matrices of a layer, by their words ("q", "up.3"). By default the first of
+            these that the run has: whole weights of q, k, v, o; other whole weights; experts and parts.
 
     Raises:
         UserError: A run that is not finished, tables that do not fit together (a matrix twice, or
@@ -223,10 +229,12 @@ def example_set(
             f"{label}: the matrices table has example {min(unknown)}, the examples table has not. "
             "Copy the run again, or analyze the data again."
         )
-    chosen = _choose(label, matrices, projections)
-    matrices = matrices[matrices["projection"].isin(chosen)]
+    axis = within_layer(matrices)
+    chosen = _choose(label, axis.words, [one.within_layer for one in axis.whole], projections)
+    place_P = pd.Index(chosen).get_indexer(axis.word_of_each())
+    matrices, place_P = matrices[place_P >= 0], place_P[place_P >= 0]
     ok = examples[examples["status"] == "ok"]
-    dense, layers = _dense(label, matrices, ok["example_index"].to_numpy(), chosen)
+    dense, layers = _dense(label, matrices, place_P, ok["example_index"].to_numpy(), chosen)
     reasons = _reasons(ok, dense, layers, chosen)
     keep_E = np.array([reason is None for reason in reasons])
     if not keep_E.any():
@@ -250,16 +258,15 @@ def example_set(
         example_ids=tuple(used["example_id"]),
         instructions=_texts(used["instruction"]),
         responses=_texts(used["response"]),
-        loss_E=used["loss"].to_numpy(np.float64),
-        response_tokens_E=used["num_response_tokens"].to_numpy(np.float64, na_value=np.nan),
         truncated_E=truncated,
+        column_E={name: _numbers(used[name]) for name in _number_columns(used, EXAMPLES)},
         column_ELP={name: column[keep_E] for name, column in dense.items()},
         left_out=left_out,
     )
 
 
 def _texts(column: pd.Series) -> tuple[str | None, ...]:
-    # A null in a column of strings is None or NaN, by pandas' version and what else is in it.
+    # Pandas has None or NaN for a null string, depending on its version and on the other values.
     return tuple(None if pd.isna(text) else text for text in column)
 
 
@@ -269,26 +276,56 @@ def _reason(row: Any, why: Mapping[int, str | None]) -> str:
     return row.status if pd.isna(row.reason) else f"{row.status}: {row.reason}"
 
 
-def _choose(label: str, matrices: pd.DataFrame, asked: Sequence[str] | None) -> tuple[str, ...]:
-    measured = [name for name in PROJECTION_NAMES if (matrices["projection"] == name).any()]
+def _choose(
+    label: str, measured: Sequence[str], whole: Sequence[str], asked: Sequence[str] | None
+) -> tuple[str, ...]:
     if not measured:
         raise UserError(f"{label}: no matrix of a layer was measured.")
     if asked is None:
-        return tuple(name for name in measured if name in ATTENTION) or tuple(measured)
-    missing = [name for name in asked if name not in measured]
+        # Never experts or parts beside whole weights: they are gradients of other things.
+        return tuple(word for word in whole if word in ATTENTION) or tuple(whole or measured)
+    missing = [word for word in asked if word not in measured]
     if missing or not asked:
         raise UserError(
             f"{label}: {', '.join(missing) or 'no projection'} asked for, "
             f"{', '.join(measured)} measured."
         )
-    return tuple(name for name in PROJECTION_NAMES if name in asked)
+    return tuple(word for word in measured if word in asked)
+
+
+def _number_columns(table: pd.DataFrame, declared: Sequence[Column]) -> list[str]:
+    """The columns of a table that hold numbers, those that are not declared included."""
+    known = {column.name: column.is_number for column in declared}
+    return [
+        name
+        for name in table.columns
+        if name not in _ADDRESS
+        and known.get(name, pd.api.types.is_any_real_numeric_dtype(table[name]))
+    ]
+
+
+def _numbers(column: pd.Series) -> np.ndarray:
+    return column.to_numpy(np.float64, na_value=np.nan)
 
 
 def _dense(
-    label: str, matrices: pd.DataFrame, index_E: np.ndarray, projections: tuple[str, ...]
+    label: str,
+    matrices: pd.DataFrame,
+    place_P: np.ndarray,
+    index_E: np.ndarray,
+    projections: tuple[str, ...],
 ) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-    """The columns as [E, L, P], and `present` (1.0 where the table has a row)."""
-    matrices = matrices[matrices["example_index"].isin(index_E)]
+    """The columns as [E, L, P], and `present` (1.0 where the table has a row).
+
+    Args:
+        label: For messages.
+        matrices: Rows of the chosen projections.
+        place_P: Each row's place among them.
+        index_E: The examples that are wanted.
+        projections: The chosen ones.
+    """
+    wanted = matrices["example_index"].isin(index_E).to_numpy()
+    matrices, place_P = matrices[wanted], place_P[wanted]
     layer = matrices["layer"].to_numpy(np.int64)
     layers = np.unique(layer)
     shape = (len(index_E), len(layers), len(projections))
@@ -296,7 +333,7 @@ def _dense(
         (
             pd.Index(index_E).get_indexer(matrices["example_index"]),
             np.searchsorted(layers, layer),
-            pd.Index(projections).get_indexer(matrices["projection"]),
+            place_P,
         ),
         shape,
     )
@@ -315,10 +352,11 @@ def _dense(
             "layers' was. Choose projections that every layer has, or analyze with other parameters."
         )
     dense = {"present": present.astype(np.float64)}
-    for name in _MATRIX_COLUMNS:
-        column = np.full(shape, np.nan)
-        column.reshape(-1)[place] = matrices[name].to_numpy(np.float64, na_value=np.nan)
-        dense[name] = column
+    for name in _number_columns(matrices, MATRICES):
+        numbers = _numbers(matrices[name])
+        if name == _NORM or not np.isnan(numbers).all():
+            dense[name] = np.full(shape, np.nan)
+            dense[name].reshape(-1)[place] = numbers
     return dense, tuple(int(value) for value in layers)
 
 
@@ -330,7 +368,7 @@ def _reasons(
 ) -> list[str | None]:
     """Why each ok example cannot be used, or None; takes `present` out of `dense`."""
     missing_E = (dense.pop("present") == 0).sum(axis=(1, 2))
-    bad_E = (~np.isfinite(dense["nuclear_norm"])).sum(axis=(1, 2)) - missing_E
+    bad_E = (~np.isfinite(dense[_NORM])).sum(axis=(1, 2)) - missing_E
     total = len(layers) * len(projections)
     reasons: list[str | None] = []
     for missing, bad, loss in zip(missing_E, bad_E, ok["loss"], strict=True):

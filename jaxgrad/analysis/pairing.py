@@ -10,8 +10,8 @@ import numpy as np
 from jaxgrad.analysis.example_set import ExampleSet
 from jaxgrad.errors import UserError
 
-# The options on which an example's statistics depend; method, batch_tokens, date and what is stored
-# besides change them by rounding at most, or not at all.
+# The options that an example's statistics depend on, besides the loss. Others (method, batch_tokens, date,
+# what is stored besides) change them by rounding at most.
 _OPTIONS = ("protocol", "chat", "max_length", "dtype", "precision")
 
 
@@ -58,31 +58,35 @@ def pair_by_instruction(first: ExampleSet, second: ExampleSet) -> Pairs:
 def check_comparable(
     first: ExampleSet, second: ExampleSet, *, same_model: bool = True
 ) -> str | None:
-    """Refuses two sets whose difference would not be that of their data.
+    """Refuses two sets that differ in more than their data.
 
     Args:
         first: A set.
         second: Another.
-        same_model: The weights have to be the same too. Without it (base against instruction-tuned)
-            the options and the shape of the measurement still have to be, but for `chat`: each model
-            is asked in its own way, plain text or its template.
+        same_model: The model has to be the same too. False is for base against instruction-tuned: then
+            `chat` may differ as well, because each model is asked in its own way.
 
     Returns:
         What could not be compared (a file in the authors' form says nothing of its run), or None.
 
     Raises:
-        UserError: Another protocol, chat, max_length, dtype, precision or model, or other layers or
-            projections; the differences are named.
+        UserError: Another loss, protocol, chat, max_length, dtype, precision or model, or other layers
+            or projections; the differences are named.
     """
     names = f"{first.label} and {second.label}"
-    for what, one, other in (
-        ("layers", _span(first.layers), _span(second.layers)),
-        ("projections", ", ".join(first.projections), ", ".join(second.projections)),
+    for what, one, other, remedy in (
+        ("losses", first.loss_name, second.loss_name, "of one loss"),
+        ("layers", _span(first.layers), _span(second.layers), "that measured the same matrices"),
+        (
+            "projections",
+            ", ".join(first.projections),
+            ", ".join(second.projections),
+            "that measured the same matrices",
+        ),
     ):
         if one != other:
             raise UserError(
-                f"{names} have different {what}: {one} and {other}. "
-                "Compare runs that measured the same matrices."
+                f"{names} have different {what}: {one} and {other}. Compare runs {remedy}."
             )
     identities = [examples.run.get("identity") for examples in (first, second)]
     if None in identities:

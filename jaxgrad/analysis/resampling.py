@@ -1,8 +1,8 @@
-"""Which examples are drawn together, how often each is drawn, and when drawing tells nothing.
+"""The bootstrap's draws: which examples are drawn together, how often, and when there is no interval.
 
-Two sets are resampled together: where an instruction stands in both, its two examples are drawn as
-one unit (what makes both hard to learn then cancels in the contrast); the examples of a set without
-partner are drawn among themselves. The estimate uses all of them.
+Two sets are resampled together. Where an instruction stands in both, its two examples are drawn as one
+unit: what makes both hard to learn then cancels in the contrast. A set's examples without partner are drawn
+among themselves. The estimate uses all examples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from jaxgrad.errors import UserError
 
 # Weights held at a time: 32 MB.
 _BLOCK_VALUES = 2**22
-# Below it percentile and BCa intervals of a mean are known to be too narrow: said, not mended.
+# With fewer examples percentile and BCa intervals of a mean are too narrow. A note says so.
 FEW_EXAMPLES = 20
 
 
@@ -24,9 +24,9 @@ class Resampling:
     """How intervals and p are made.
 
     Attributes:
-        level: Nominal coverage of every interval (of one number: no correction for their number).
+        level: Nominal coverage of each interval; there is no correction for many intervals.
         num_resamples: Bootstrap resamples.
-        num_permutations: Sign patterns drawn where there are too many to look at all.
+        num_permutations: Sign patterns that are drawn where there are too many to use all.
         seed: The same seed gives the same numbers.
 
     Raises:
@@ -50,9 +50,9 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Stratum:
-    """Units that are drawn among themselves: `members[k]` are their places in set k, or None.
+    """Units that are drawn among themselves: `members[k]` are their positions in set k, or None.
 
-    A pair is a unit with a place in both sets.
+    A pair is one unit, with a position in both sets.
     """
 
     members: tuple[np.ndarray | None, ...]
@@ -70,10 +70,10 @@ def strata_of(
 
     Args:
         sizes: Examples of each set.
-        pairs: Places in the first and in the second set of the examples that belong together.
+        pairs: Positions in the first and in the second set of the examples that belong together.
 
     Returns:
-        One stratum of pairs and one of each set's others, where there are any.
+        One stratum of the pairs and one of the other examples of each set, where there are any.
     """
     strata = []
     paired: list[np.ndarray] = [np.empty(0, np.int64) for _ in sizes]
@@ -94,11 +94,11 @@ def refusal(sizes: Sequence[int], strata: Sequence[Stratum]) -> str | None:
 
     | case | interval |
     |---|---|
-    | a set with fewer than 2 examples | none: nothing is known of how examples vary |
-    | one unit alone in its stratum, its set has 20 examples or more | yes: that one is held fixed |
+    | a set with fewer than 2 examples | none: how examples vary is unknown |
+    | a stratum of one unit, its set has 20 examples or more | yes: that unit is in every resample |
     | the same in a smaller set | none |
 
-    One of n examples held fixed makes the interval narrower by a fraction of 1/(2n), 1/40 at most.
+    One of n examples in every resample makes the interval narrower by 1/(2n) of its width, 1/40 at most.
     """
     if min(sizes) < 2:
         return "no interval: a set has fewer than 2 examples"
@@ -110,7 +110,7 @@ def refusal(sizes: Sequence[int], strata: Sequence[Stratum]) -> str | None:
 
 
 def caution(sizes: Sequence[int]) -> str | None:
-    """What must be said of an interval from few examples, or None."""
+    """The note for an interval from few examples, or None."""
     if min(sizes) >= FEW_EXAMPLES:
         return None
     return f"only {min(sizes)} examples in a set: the interval tends to be too narrow"
@@ -119,10 +119,10 @@ def caution(sizes: Sequence[int]) -> str | None:
 def resample_weights(
     sizes: Sequence[int], strata: Sequence[Stratum], num_resamples: int, seed: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of bootstrap weights: for each set [block, E], rows with sum 1; not to be written to.
+    """Blocks of bootstrap weights: for each set [block, E], each row sums to 1; read-only.
 
-    The same sizes, strata and seed give the same weights. A single block is remembered until the
-    next is asked for: the statistics of one comparison all ask for the same.
+    The same sizes, strata and seed give the same weights. Where all fit into one block, the latest block
+    is kept: all statistics of one comparison ask for the same.
     """
     if num_resamples * sum(sizes) > _BLOCK_VALUES:
         yield from _draw(sizes, strata, num_resamples, seed)
@@ -170,5 +170,5 @@ def _draw(
 
 
 def joined(*notes: str | None) -> str | None:
-    """Notes as one text; None when there is none."""
+    """Notes as one text, each once; None when there is none."""
     return "; ".join(dict.fromkeys(note for note in notes if note)) or None

@@ -16,10 +16,10 @@ from jaxgrad.analysis.resampling import (
     strata_of,
 )
 
-# 2^14 sign patterns are no dearer than the Monte Carlo's flips.
+# 2^14 patterns cost about as much as the default number of drawn ones.
 _MOST_PAIRS_EXACT = 14
 _BLOCK_VALUES = 2**22
-# Relative to the observed mean: flips that give the same sum in another order count as equal.
+# Relative: sums that differ by rounding count as equal.
 _TIE = 1e-12
 
 
@@ -30,8 +30,8 @@ class SignFlip:
     Attributes:
         p_P: Two-sided p of each projection; NaN without a pair.
         num_pairs: Differences that were flipped.
-        num_permutations: Sign patterns looked at: 2^pairs when exact.
-        exact: All patterns, none drawn.
+        num_permutations: Sign patterns that were used: 2^pairs when exact.
+        exact: All patterns were used; none were drawn.
     """
 
     p_P: np.ndarray
@@ -43,11 +43,10 @@ class SignFlip:
 def sign_flip_test(difference_EP: np.ndarray, *, resampling: Resampling = Resampling()) -> SignFlip:
     """Two-sided p of the mean of paired differences, under flips of their signs.
 
-    Under the null hypothesis (an instruction's two examples could as well change places) every
-    pattern of signs is equally likely. p is the share of patterns whose |mean| reaches the observed
-    one. Up to 14 pairs all are looked at; with more, m are drawn and p = (b + 1) / (m + 1), which
-    counts the observed pattern too and so is never 0 (Phipson & Smyth 2010). The same signs serve
-    all projections.
+    Under the null hypothesis (an instruction's two examples could be swapped) every pattern of signs is
+    equally likely. p is the share of patterns whose |mean| reaches the observed one. Up to 14 pairs all
+    patterns are used. With more, m patterns are drawn, b of them reach it, and p = (b + 1) / (m + 1), which
+    counts the observed pattern too and is never 0 (Phipson & Smyth 2010). All projections share the signs.
 
     | case | p |
     |---|---|
@@ -76,7 +75,7 @@ def sign_flip_test(difference_EP: np.ndarray, *, resampling: Resampling = Resamp
 
 
 def _in_cache(array_RE: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows, 128 at a time: what is made of them then stays in the processor's cache."""
+    """The rows, 128 at a time, so that intermediate arrays fit into the processor's cache."""
     return (array_RE[at : at + 128] for at in range(0, len(array_RE), 128))
 
 
@@ -93,11 +92,10 @@ def chance_smaller(
 ) -> Interval:
     """AUC: the chance that a random example of the second set has a smaller value than one of the first.
 
-    Ties count half. 1/2 says that the sets cannot be told apart by it, 1 that every example of the
-    second is smaller. The interval is the percentile bootstrap's with examples resampled (pairs as
-    units). Where the sets are wholly apart (AUC 0 or 1), every resample gives the same, and a width of
-    zero would be wrong: the limit is then Clopper & Pearson's for min(E1, E2) disjoint comparisons,
-    all of one outcome, (tail)^(1/min(E1, E2)) or its complement.
+    Ties count half. At 1/2 the sets cannot be told apart by it; at 1 every example of the second is
+    smaller. The interval is the percentile bootstrap's (pairs are drawn as units). At AUC 0 or 1 every
+    resample gives the same value, and an interval of width zero would be wrong. The limit is then Clopper &
+    Pearson's for min(E1, E2) disjoint comparisons of one outcome: (tail)^(1/min(E1, E2)), or 1 minus it.
 
     Args:
         first_EP: A value for every example of the reference set and projection.
@@ -155,7 +153,7 @@ def _auc(first_E: np.ndarray, second_E: np.ndarray) -> float:
 def _weighted_auc(
     first_E: np.ndarray, second_E: np.ndarray, first_RE: np.ndarray, second_RE: np.ndarray
 ) -> np.ndarray:
-    """AUC under weights, [R]; cumulated along the second set, so that no [E1, E2] is made."""
+    """AUC under weights, [R]. Cumulative weights of the second set save an array [E1, E2]."""
     order = np.argsort(second_E, kind="stable")
     below_RE = np.zeros((len(second_RE), len(order) + 1))
     np.cumsum(second_RE[:, order], axis=1, out=below_RE[:, 1:])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from jaxgrad.analysis.addresses import within_layer
 from jaxgrad.analysis.example_set import ExampleSet
 from jaxgrad.analysis.intervals import Interval, bootstrap
 from jaxgrad.analysis.resampling import Resampling
@@ -19,16 +20,16 @@ class Similarity:
     """Cosines between flattened gradients, averaged over the examples for which all are defined.
 
     Attributes:
-        layers: As the set's.
-        projections: As the set's.
-        layer_cosine_PLL: Mean cosine of layers i and j, one matrix a projection, NaN for a
-            projection without; None where it was not measured.
-        adjacent_LP: Mean cosine of layers i and i + 1 [L - 1, P], percentile intervals, NaN for a
-            projection without; None where it was not measured, and for a single layer.
-        partner_L2: Mean cosine of q and o, of k and v [L, 2], NaN for a pair without; None where
-            it was not measured.
-        num_examples: Examples of the means; without any all three are None.
-        num_undefined: Examples with a cosine that is undefined (a zero gradient), left out.
+        layers: Of the set.
+        projections: Of the set.
+        layer_cosine_PLL: Mean cosine of layers i and j, one matrix for each projection; NaN for a
+            projection that has none. None where no projection has any.
+        adjacent_LP: Mean cosine of layers i and i + 1 [L - 1, P], percentile intervals, NaN likewise. None
+            where no projection has any, and for a single layer.
+        partner_L2: Mean cosine of q and o, of k and v [L, 2], percentile intervals; NaN for a pair that has
+            none. None where neither has any.
+        num_examples: Examples in the means. With 0 the three are None.
+        num_undefined: Examples that were left out: a cosine is undefined (a zero gradient) or missing.
     """
 
     layers: tuple[int, ...]
@@ -45,16 +46,16 @@ def mean_similarity(
 ) -> Similarity | None:
     """The similarities of a set's examples; None where none were measured.
 
-    A projection or a pair counts as measured where an example has a cosine of it; an example that
-    lacks one of those that were measured, or has an undefined one, is left out of all means.
+    A projection or a pair counts as measured when any example has a cosine of it. An example that lacks one
+    of the measured cosines, or has an undefined one, is left out of all means.
 
     Args:
-        results: The tables that the set was made of.
-        examples: The set, whose examples, layers and projections are used.
+        results: The tables that the set was made from.
+        examples: The set: its examples, layers and projections are used.
         resampling: See there.
 
     Raises:
-        UserError: A matrix has not as many cosines as the set has layers.
+        UserError: A matrix does not have one cosine for each layer of the set.
     """
     layer_ELPM, partner_EL2 = _dense(results.matrices, examples)
     of_layers_P = ~np.isnan(layer_ELPM).all(axis=(0, 1, 3))
@@ -97,7 +98,7 @@ def mean_similarity(
 
 
 def _spread(measured: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The mean itself, with NaN in the last axis at what was not measured."""
+    """A statistic for `bootstrap`: the mean, with NaN in the last axis where nothing was measured."""
 
     def statistic(mean: np.ndarray) -> np.ndarray:
         whole = np.full((*mean.shape[:-1], len(measured)), np.nan)
@@ -114,13 +115,13 @@ def _dense(matrices: pd.DataFrame, examples: ExampleSet) -> tuple[np.ndarray, np
     # A null layer (lm_head) is in no set.
     layer = matrices["layer"].to_numpy(np.float64, na_value=np.nan)
     place_L = pd.Index(examples.layers).get_indexer(layer)
-    place_P = pd.Index(projections).get_indexer(matrices["projection"])
+    place_P = pd.Index(projections).get_indexer(within_layer(matrices).word_of_each())
     used = (place_E >= 0) & (place_L >= 0) & (place_P >= 0)
     lists = matrices["layer_cosines"].to_numpy()[used]
-    alone = matrices["partner_cosine"].to_numpy(np.float64, na_value=np.nan)[used]
+    partner = matrices["partner_cosine"].to_numpy(np.float64, na_value=np.nan)[used]
     place_E, place_L, place_P = place_E[used], place_L[used], place_P[used]
     partner_ELP = np.full((examples.num_examples, size, len(projections)), np.nan)
-    partner_ELP[place_E, place_L, place_P] = alone
+    partner_ELP[place_E, place_L, place_P] = partner
     layer_ELPM = np.full((*partner_ELP.shape, size), np.nan)
     given = np.flatnonzero([values is not None for values in lists])
     if len(given):

@@ -1,9 +1,10 @@
-"""Tables over results as they are read: mean curves, and norm and MAD of several runs side by side."""
+"""Tables made straight from a run's tables: mean curves, and norm and MAD of several runs side by side."""
 
 from collections.abc import Mapping
 
 import pandas as pd
 
+from jaxgrad.analysis.addresses import within_layer
 from jaxgrad.analysis.curves import mean_absolute_difference
 from jaxgrad.errors import UserError
 
@@ -11,13 +12,16 @@ from jaxgrad.errors import UserError
 def mean_curves(matrices: pd.DataFrame, statistic: str = "nuclear_norm") -> pd.DataFrame:
     """Mean of a statistic over examples: one row a layer, one column a projection.
 
+    Experts and parts of a weight have columns of their own ("up.3", "q.lora_A").
+
     Args:
         matrices: the matrices table of `read_results`; unmeasured examples have no rows in it.
         statistic: one of its columns. Undefined values (null) are left out of the mean;
             `example_set(...).values(...)` leaves out the example instead, and counts it.
     """
     layered = matrices[matrices["layer"].notna()]
-    order = list(dict.fromkeys(layered["projection"]))
+    layered = layered.assign(projection=within_layer(layered).word_of_each())
+    order = list(dict.fromkeys(layered["projection"].dropna()))
     curves = layered.pivot_table(index="layer", columns="projection", values=statistic)
     return curves[order]
 

@@ -1,4 +1,4 @@
-"""Checkpoints: from files of any kind to a decoder with its weights, and its tokenizer."""
+"""Checkpoints: reads model files of every format into a decoder with weights, and its tokenizer."""
 
 from jaxgrad.checkpoints.load import Checkpoint, LoadedModel, load_model, open_checkpoint
 

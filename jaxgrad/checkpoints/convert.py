@@ -1,4 +1,4 @@
-"""A checkpoint of any kind into an Orbax one, held against its source after it is written."""
+"""Converts a checkpoint of any format to Orbax, and compares the result with its source."""
 
 import math
 import shutil
@@ -25,7 +25,7 @@ from jaxgrad.errors import UserError
 from jaxgrad.models.decoder import num_parameters, parameter_shapes
 from jaxgrad.results.provenance import provenance
 
-# config.json too: transformers looks there for the tokenizer's class.
+# With config.json, where transformers looks for the tokenizer's class.
 TOKENIZER_FILES = (
     "config.json",
     "tokenizer*",
@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.json",
 )
-# Orbax holds part of what it writes in memory: 0.63 of the weights in benchmarks/loading.
+# Orbax keeps part of what it writes in memory: 0.63 of the weights in benchmarks/loading.
 WRITING_SHARE = 0.7
 SPARE_BYTES = 64 * 2**20  # tokenizer, metadata, rounding up to blocks
 
@@ -50,19 +50,19 @@ def convert_model(
 ) -> SavedDecoder:
     """Write a model as an Orbax checkpoint that `load_model` and `bin/analyze` take.
 
-    The weights keep the dtype in which the source holds them (GGUF: dequantized to float32), so that
-    an analysis in any dtype gives bitwise what it gives on the source. Everything is written beside
-    `output_dir` (NAME.partial) and takes its name when it was restored and compared.
+    The weights keep the source's dtype (GGUF: dequantized to float32), so an analysis in any dtype gives
+    the same bits as on the source. All is written to NAME.partial, read back, compared with the source and
+    then renamed to `output_dir`.
 
     Args:
         model_path: as `load_model` takes it.
-        output_dir: made; where it holds this conversion already, nothing is done.
-        say: takes the lines for the user.
+        output_dir: will be made. If it holds this conversion already, nothing is done.
+        say: takes lines for the user.
         progress: show bars on stderr.
 
     Raises:
-        UserError: whatever is wrong with the model or the directory; a full disk; weights that do
-            not come back as they were written.
+        UserError: what is wrong with the model or the directory; the disk is full; the weights read back
+            differ from the source's.
     """
     output_dir = Path(output_dir)
     _check_free(output_dir)
@@ -81,7 +81,7 @@ def convert_model(
     partial = output_dir.with_name(f"{output_dir.name}.partial")
     try:
         if partial.exists():
-            shutil.rmtree(partial)  # of a conversion that was interrupted
+            shutil.rmtree(partial)  # from an interrupted conversion
         partial.mkdir(parents=True)
         _check_space(partial, size)
         model = checkpoint.load(None, progress=progress)
@@ -102,7 +102,7 @@ def convert_model(
         del model
         _verify(partial, checkpoint, source, progress)
         if output_dir.exists():
-            output_dir.rmdir()  # empty: `_check_free` saw to it
+            output_dir.rmdir()  # empty: `_check_free` made sure
         partial.rename(output_dir)
     except OSError as error:
         raise UserError(f"{partial} cannot be written: {error.strerror or error}") from error
@@ -152,7 +152,7 @@ def _stored_bytes(checkpoint: Checkpoint, source: WeightSource) -> int:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
-    """The source's own files where it has any: they say more than the tokenizer made of them."""
+    """Copy the source's tokenizer files; for a GGUF file, save the tokenizer made from it."""
     target.mkdir()
     if checkpoint.path.is_file():
         checkpoint.tokenizer.save_pretrained(target)
@@ -163,7 +163,7 @@ def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _verify(partial: Path, checkpoint: Checkpoint, source: WeightSource, progress: bool) -> None:
-    """Restore what was written and hold it against the source's files, read once more."""
+    """Read back what was written and compare it with the source's files, read again."""
     saved = SavedDecoder(partial)
     family, config = saved.read_config()
     if (family, config) != (checkpoint.family, checkpoint.config):

@@ -1,8 +1,8 @@
-"""A checkpoint's weights into the decoder: all checked before any is read, each read once.
+"""Fills the decoder with a checkpoint's weights. All names and shapes are checked before any is read.
 
-The parameters are made on the device, empty; each tensor is read, cut into the parameters that it
-holds, and written into its layer's place. Beside the parameters the host holds one tensor of a layer,
-or one block of a larger one. On a mesh each device is sent what it holds of a block, and nothing else.
+The parameters are made on the device, as zeros. Each weight is read once, split if it is fused, and
+written to its layer. Besides the parameters, the host holds one weight of a layer, or one block of a
+larger one. On a mesh, each device gets only its share of each block.
 """
 
 import dataclasses
@@ -29,16 +29,19 @@ from jaxgrad.models.decoder import (
 from jaxgrad.models.families import Family, Key, expand_layers
 from jaxgrad.models.sharding import parameter_shardings
 
+COMPLETE = "take the config and all weights from the same download"
+
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight of a checkpoint, as the config wants it.
+    """One weight that a checkpoint must hold.
 
     Attributes:
-        shape: as the checkpoint holds it.
-        parameters: the decoder's parameters that it holds.
-        sizes: outputs of each.
-        layer: whose it is; None outside the layers.
+        key: how it holds parameters.
+        shape: its shape in the files.
+        parameters: the decoder's parameters in it; several for a fused weight.
+        sizes: outputs of each parameter.
+        layer: its layer; None outside the layers.
     """
 
     key: Key
@@ -49,10 +52,10 @@ class Weight:
 
 
 class CanonicalSource:
-    """A source under the names of its family's table; what is not the decoder's is left out.
+    """A source whose weights have the names of their family's key table; others are left out.
 
     Raises:
-        UserError: two weights of the files stand for the same one.
+        UserError: two weights of the files have the same name in the table.
     """
 
     def __init__(self, source: WeightSource, family: Family) -> None:
@@ -70,7 +73,7 @@ class CanonicalSource:
             self._names[canonical] = name
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape, in the order in which reading is cheapest."""
+        """Every weight's name and shape, in the cheapest order to read."""
         shapes = self._source.shapes()
         return {canonical: shapes[name] for canonical, name in self._names.items()}
 
@@ -79,47 +82,46 @@ class CanonicalSource:
         return self._source.dtype(self._names[name])
 
     def why_unreadable(self, name: str) -> str | None:
-        """What keeps the tensor's values from being weights; None where nothing does."""
+        """Why the tensor cannot be read as a weight; None if it can."""
         return self._source.why_unreadable(self._names[name])
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's values, in the dtype of the file."""
+        """The values, in the dtype of the file."""
         return self._source.read(self._names[name])
 
     def read_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The same values, a large tensor's rows in blocks."""
+        """The same values; a large tensor comes in blocks of rows."""
         return self._source.read_blocks(self._names[name])
 
 
 def wanted_weights(config: DecoderConfig, family: Family) -> dict[str, Weight]:
-    """The weights that a checkpoint must hold, by the names of the family's table."""
+    """The weights that a checkpoint must hold, by their names in the family's key table."""
     shapes = parameter_shapes(config)
     weights = {}
     for path, shape in shapes.items():
         key = family.keys[path]
         parameters = key.members or (path,)
         if path != parameters[0]:
-            continue  # comes with the first of its group
+            continue  # the first parameter of a fused weight stands for all
         stacked = "{layer}" in key.name
         sizes = tuple(shapes[member][stacked] for member in parameters)
         whole = (sum(sizes), *shape[1 + stacked :])
         whole = whole[::-1] if key.transposed else whole
         for layer, name in enumerate(expand_layers(key.name, config.num_layers)):
-            place = layer if stacked else None
-            weights[name] = Weight(key, whole, parameters, sizes, place)
+            weights[name] = Weight(key, whole, parameters, sizes, layer if stacked else None)
     return weights
 
 
 def check_weights(config: DecoderConfig, family: Family, source: WeightSource) -> None:
-    """Raise one `UserError` for all weights that do not fit, before any is read."""
+    """Raise one `UserError` that names all weights that do not fit. Reads no values."""
     shapes = source.shapes()
     if config.num_layers > len(shapes):
         raise UserError(
             f"{source.where}: the config has {config.num_layers} layers, but the files hold "
-            f"{len(shapes)} weights; get the config and the weights from one place, whole"
+            f"{len(shapes)} weights; {COMPLETE}"
         )
     wanted = {name: weight.shape for name, weight in wanted_weights(config, family).items()}
-    # A tied head may be there as a copy of the embedding (`_check_tied_head`).
+    # A tied head may be in the files too, as a copy of the embedding (`_check_tied_head`).
     optional = {family.keys["lm_head.weight"].name: wanted[family.keys["embedding"].name]}
     allowed = wanted | (optional if config.tied_embeddings else {})
     derived = {n for template in family.derived for n in expand_layers(template, config.num_layers)}
@@ -137,61 +139,75 @@ def check_weights(config: DecoderConfig, family: Family, source: WeightSource) -
         ],
         "not known": [name for name in sorted(shapes) if name not in allowed.keys() | derived],
     }
-    told = [
+    counts = [
         f"{len(found)} {kind} ({'; '.join(found[:20])}{'; ...' if len(found) > 20 else ''})"
         for kind, found in problems.items()
         if found
     ]
-    if told:
+    if counts:
         raise UserError(
             f"{source.where}: the weights do not fit the config's {family.architecture}: "
-            f"{', '.join(told)}; get the config and the weights from one place, whole"
+            f"{', '.join(counts)}; {COMPLETE}"
         )
 
 
 def stored_dtypes(
     config: DecoderConfig, family: Family, source: WeightSource
 ) -> dict[str, np.dtype]:
-    """Each parameter's dtype in the files; where its layers differ, the one that holds them all."""
+    """Each parameter's dtype in the files; if its layers differ, the smallest that holds all exactly."""
     dtypes: dict[str, np.dtype] = {}
     for name, weight in wanted_weights(config, family).items():
         dtype = source.dtype(name)
         for parameter in weight.parameters:
-            dtypes[parameter] = _that_holds_both(dtypes.get(parameter, dtype), dtype)
+            dtypes[parameter] = _common_float(dtypes.get(parameter, dtype), dtype)
     return dtypes
 
 
-def _that_holds_both(one: np.dtype, other: np.dtype) -> np.dtype:
-    """The smallest float that holds the values of both; NumPy knows none for float16 and bfloat16."""
+def _common_float(one: np.dtype, other: np.dtype) -> np.dtype:
+    """The smallest float that holds both exactly. (NumPy has none for float16 and bfloat16.)"""
     if one == other:
         return one
     return np.dtype(np.float64 if np.float64 in (one, other) else np.float32)
 
 
-class Part(NamedTuple):
-    """Values of a parameter: a layer's, or (None) those of one outside the layers; from `row` on."""
+class ParameterSlice(NamedTuple):
+    """Consecutive rows of a parameter, or of one layer of it.
+
+    Attributes:
+        parameter: its name.
+        layer: the layer; None for a parameter outside the layers.
+        first_row: index of the first row.
+        values: the rows.
+    """
 
     parameter: str
     layer: int | None
-    row: int
+    first_row: int
     values: np.ndarray
 
 
-class Block(NamedTuple):
-    """Values of a weight of the files, of which `shape` is the whole, and the parts in them."""
+class WeightBlock(NamedTuple):
+    """Consecutive rows of a weight in the files.
+
+    Attributes:
+        name: the weight's.
+        shape: of the whole weight.
+        values: the rows, as stored.
+        slices: the same values by parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
     values: np.ndarray
-    parts: list[Part]
+    slices: list[ParameterSlice]
 
 
-def read_parts(
+def read_weights(
     config: DecoderConfig, family: Family, source: WeightSource, *, progress: bool, label: str
-) -> Iterator[Block]:
-    """Every weight in the order of the files, in blocks.
+) -> Iterator[WeightBlock]:
+    """All weights in the order of the files, block by block.
 
-    A weight that holds several parameters, or lies transposed, is one block.
+    A fused or transposed weight is one block.
 
     Raises:
         UserError: a weight cannot be read.
@@ -204,16 +220,16 @@ def read_parts(
             weight, row = wanted[name], 0
             if weight.key.is_plain:
                 for values in source.read_blocks(name):
-                    part = Part(weight.parameters[0], weight.layer, row, values)
-                    yield Block(name, weight.shape, values, [part])
+                    rows = ParameterSlice(weight.parameters[0], weight.layer, row, values)
+                    yield WeightBlock(name, weight.shape, values, [rows])
                     row += len(values)
                     bar.update(values.nbytes)
                 continue
             values = source.read(name)
             split = weight.key.split(values, weight.sizes, config.num_heads)
             pairs = zip(weight.parameters, split, strict=True)
-            parts = [Part(parameter, weight.layer, 0, part) for parameter, part in pairs]
-            yield Block(name, weight.shape, values, parts)
+            slices = [ParameterSlice(member, weight.layer, 0, rows) for member, rows in pairs]
+            yield WeightBlock(name, weight.shape, values, slices)
             bar.update(values.nbytes)
 
 
@@ -226,38 +242,38 @@ def fill_decoder(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[nnx.GraphDef, nnx.State, str]:
-    """Read every weight of the decoder from `source`, tensor by tensor, each once.
+    """Read the decoder's weights from `source`, each once.
 
     Args:
         config: the decoder.
         family: whose names the source's weights have.
-        source: where they are.
+        source: the weights.
         dtype: of the parameters; None for that of the files (`stored_dtypes`).
-        mesh: where the parameters go, split as `jaxgrad.models.sharding` has it; None for one device.
+        mesh: the devices that get them, split by `jaxgrad.models.sharding`; None for one device.
         progress: show a bar on stderr.
 
     Returns:
-        graphdef, state, fingerprint of the weights as they stand in the files. The copy of a tied
-        embedding that a file may hold as its head is compared, and not counted.
+        graphdef, state, fingerprint of the weights as stored in the files. A head in the files that the
+        config ties is compared with the embedding, and is not in the fingerprint.
 
     Raises:
-        UserError: weights that are unknown, missing, of another shape or of an integer type, all in
-            one message; a head that is not the embedding which the config ties it to.
+        UserError: weights are unknown, missing, of another shape or of an integer type, all in one
+            message; a tied head differs from the embedding.
     """
     check_weights(config, family, source)
     stored = stored_dtypes(config, family, source) if dtype is None else {}
     graphdef, abstract = abstract_decoder(config, dtype or np.float32)
     shapes = named_parameters(abstract)
-    places = {} if mesh is None else parameter_shardings(config, shapes, mesh)
+    shardings = {} if mesh is None else parameter_shardings(config, shapes, mesh)
     parameters = {
-        name: _Parameter(value.shape, stored.get(name, dtype), places.get(name))
+        name: _Parameter(value.shape, stored.get(name, dtype), shardings.get(name))
         for name, value in shapes.items()
     }
     fingerprint = Fingerprint()
-    for block in read_parts(config, family, source, progress=progress, label="weights"):
+    for block in read_weights(config, family, source, progress=progress, label="weights"):
         fingerprint.add(block.name, block.shape, block.values)
-        for part in block.parts:
-            parameters[part.parameter].write(part)
+        for rows in block.slices:
+            parameters[rows.parameter].write(rows)
     arrays = {name: parameter.array() for name, parameter in parameters.items()}
     if config.tied_embeddings:
         _check_tied_head(family, source, arrays["embedding"])
@@ -273,23 +289,23 @@ def compare_with_source(
     where: str,
     progress: bool = False,
 ) -> None:
-    """Raise a `UserError` unless every parameter holds, bit by bit, what the source holds.
+    """Raise a `UserError` unless every parameter equals the source's weights, bit by bit.
 
     Args:
         config: the decoder.
         family: whose names the source's weights have.
-        source: read once more.
+        source: the weights, read once more.
         state: parameters in the dtypes of `stored_dtypes`.
-        where: their place, for the message.
+        where: their directory, for the message.
         progress: show a bar on stderr.
     """
     arrays = named_parameters(state)
-    for block in read_parts(config, family, source, progress=progress, label="compared"):
-        for part in block.parts:
-            array = arrays[part.parameter]
-            layer = array if part.layer is None else array[part.layer]
-            written = np.asarray(layer[part.row : part.row + len(part.values)])
-            if written.tobytes() != part.values.astype(array.dtype).tobytes():
+    for block in read_weights(config, family, source, progress=progress, label="compared"):
+        for rows in block.slices:
+            array = arrays[rows.parameter]
+            layer = array if rows.layer is None else array[rows.layer]
+            written = np.asarray(layer[rows.first_row : rows.first_row + len(rows.values)])
+            if written.tobytes() != rows.values.astype(array.dtype).tobytes():
                 raise UserError(
                     f"{where}: {block.name} did not come back as it was written; the disk or the memory "
                     "is at fault: try again elsewhere"
@@ -297,7 +313,7 @@ def compare_with_source(
 
 
 def _check_tied_head(family: Family, source: WeightSource, embedding_VD: jax.Array) -> None:
-    """Raise where the files hold a head that is not the embedding to which the config ties it."""
+    """Raise a `UserError` if the files hold a head that differs from the embedding it is tied to."""
     head, embedding = family.keys["lm_head.weight"].name, family.keys["embedding"].name
     row = 0
     for block in source.read_blocks(head) if head in source.shapes() else ():
@@ -310,64 +326,71 @@ def _check_tied_head(family: Family, source: WeightSource, embedding_VD: jax.Arr
             )
 
 
-# Donated: the piece is changed in its place, not copied.
+# Donated, so that the shard is updated in place, not copied.
 _update = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 class _Parameter:
-    """A parameter that is being written: a piece on each of its devices, zeros at first.
+    """A parameter that is being written: one shard per device, zeros at first.
 
     Args:
-        shape: of the whole.
+        shape: of the whole parameter.
         dtype: of its values.
-        sharding: where its pieces lie; None for all of it on the default device.
+        sharding: None for the default device.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> None:
         self._shape, self._sharding = shape, sharding
         if sharding is None:
             whole = jnp.zeros(shape, dtype)
-            self._pieces = [(tuple((0, size) for size in shape), whole)]
+            self._shards = [(tuple((0, size) for size in shape), whole)]
             return
-        self._pieces = []
+        self._shards = []
         for device, index in sharding.devices_indices_map(shape).items():
             bounds = tuple(cut.indices(n)[:2] for cut, n in zip(index, shape, strict=True))
             sizes = tuple(end - begin for begin, end in bounds)
-            with jax.default_device(device):  # made there: not on the first device and then moved
-                piece = jax.device_put(jnp.zeros(sizes, dtype), device)
-            self._pieces.append((bounds, piece))
+            with jax.default_device(device):  # else it is made on the first device and then moved
+                shard = jax.device_put(jnp.zeros(sizes, dtype), device)
+            self._shards.append((bounds, shard))
 
-    def write(self, part: Part) -> None:
-        """Put a part into its place, in blocks."""
-        layer = () if part.layer is None else (part.layer,)
-        dtype = self._pieces[0][1].dtype
-        for begin, end in row_blocks(part.values.shape, dtype.itemsize):
-            block = part.values[begin:end].astype(dtype)
+    def write(self, rows: ParameterSlice) -> None:
+        """Copy the rows to the shards, in blocks."""
+        layer = () if rows.layer is None else (rows.layer,)
+        dtype = self._shards[0][1].dtype
+        for begin, end in row_blocks(rows.values.shape, dtype.itemsize):
+            block = rows.values[begin:end].astype(dtype)
             block = block.reshape(*[1] * len(layer), *block.shape)
-            start = (*layer, part.row + begin, *[0] * (part.values.ndim - 1))
-            self._pieces = [
-                (bounds, _written(piece, bounds, block, start)) for bounds, piece in self._pieces
+            start = (*layer, rows.first_row + begin, *[0] * (rows.values.ndim - 1))
+            self._shards = [
+                (bounds, _written(shard, bounds, block, start)) for bounds, shard in self._shards
             ]
-            # Waiting keeps the queue, and with it the memory, at one block.
-            jax.block_until_ready([piece for _, piece in self._pieces])
+            # Without waiting, blocks would queue up in memory.
+            jax.block_until_ready([shard for _, shard in self._shards])
 
     def array(self) -> jax.Array:
-        """The pieces as one array."""
-        pieces = [piece for _, piece in self._pieces]
+        """The shards as one array."""
+        shards = [shard for _, shard in self._shards]
         if self._sharding is None:
-            return pieces[0]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, pieces)
+            return shards[0]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
 
 
 def _written(
-    piece: jax.Array, bounds: tuple[tuple[int, int], ...], block: np.ndarray, start: tuple[int, ...]
+    shard: jax.Array, bounds: tuple[tuple[int, int], ...], block: np.ndarray, start: tuple[int, ...]
 ) -> jax.Array:
-    """A piece, which stands at `bounds` of its parameter, with what it has of a block at `start`."""
-    cuts, place = [], []
+    """The shard with the part of the block that is in it.
+
+    Args:
+        shard: part of a parameter.
+        bounds: its (first, end) along each axis of the parameter.
+        block: values of the parameter.
+        start: their first index along each axis.
+    """
+    cuts, offsets = [], []
     for (low, high), offset, size in zip(bounds, start, block.shape, strict=True):
         begin, end = max(low, offset), min(high, offset + size)
         if begin >= end:
-            return piece
+            return shard
         cuts.append(slice(begin - offset, end - offset))
-        place.append(begin - low)
-    return _update(piece, block[tuple(cuts)], np.asarray(place, np.int32))
+        offsets.append(begin - low)
+    return _update(shard, block[tuple(cuts)], np.asarray(offsets, np.int32))

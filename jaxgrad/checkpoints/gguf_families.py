@@ -1,7 +1,7 @@
-"""What the GGUF architectures are called in Hugging Face's terms: tables, and the config they make.
+"""GGUF architectures in Hugging Face's terms: tables of names, and the config.json that metadata give.
 
-An architecture is data: its metadata entries, its tensors' names, and what llama.cpp's converter does
-to the weights. What the converter drops because llama.cpp knows it by heart stands here as constants.
+An architecture is data: metadata entries, tensor names, and how llama.cpp's converter changes weights.
+Attributes that the converter drops, because llama.cpp hard-codes them, are constants here.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ QK_NORM_NAMES = {
     f"blk.{{layer}}.attn_{part}_norm.weight": f"model.layers.{{layer}}.self_attn.{part}_norm.weight"
     for part in "qk"
 }
-# Gemma 2 and 3 norm what goes into a block and what comes out of it.
+# Gemma 2 and 3 have norms before and after attention and MLP.
 SANDWICH_NORM_NAMES = {
     f"blk.{{layer}}.{theirs}.weight": f"model.layers.{{layer}}.{ours}.weight"
     for theirs, ours in (
@@ -72,11 +72,11 @@ NUMBERS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-# All of them are the head size, for a model without partial rotation.
+# All are the head size: no architecture here rotates only a part of it.
 HEAD_SIZES = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 ROPE_SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
 
-# llama.cpp demands these of every architecture here.
+# llama.cpp requires these of every architecture here.
 REQUIRED = (
     "context_length",
     "embedding_length",
@@ -86,15 +86,16 @@ REQUIRED = (
     "attention.layer_norm_rms_epsilon",
 )
 OPTIONAL = ("attention.head_count_kv", "rope.freq_base", "vocab_size")
-# Entries that say nothing: what they may be. `...` stands for anything.
+# Entries that change nothing if they have one of these values. `...` is any value.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "attention.causal": (True,),
     "pooling_type": (0,),
     "tensor_data_layout": ("Meta AI original pth",),
-    "use_parallel_residual": (...,),  # in the first Qwen files; it is read for GPT-NeoX only
-    # Provenance of a scaling; the kinds of scaling that compute with the length are refused.
+    # In the first Qwen files; llama.cpp reads it for GPT-NeoX only.
+    "use_parallel_residual": (...,),
+    # Provenance of a scaling. Kinds of scaling that use the length are refused.
     "rope.scaling.finetuned": (...,),
     "rope.scaling.original_context_length": (...,),
 }
@@ -106,19 +107,19 @@ class GgufFamily:
     """One GGUF architecture.
 
     Attributes:
-        model_type: of the config.json.
+        model_type: in the config.json.
         constants: attributes of the config.json that the architecture implies.
         tensor_names: GGUF name -> Hugging Face name, "{layer}" for the layer.
-        required, optional: metadata beyond `REQUIRED` and `OPTIONAL`.
-        defaults: attribute -> what llama.cpp takes where the file does not say it.
-        neutral: metadata beyond `NEUTRAL` that may stand there with these values.
+        required, optional: metadata besides `REQUIRED` and `OPTIONAL`.
+        defaults: attribute -> the value that llama.cpp takes if the file has none.
+        neutral: metadata besides `NEUTRAL` that change nothing if they have these values.
         norm_offset: what the converter adds to the norms' weights.
-        interleaved: whether q and k have their rotary pairs interleaved.
-        states_head_size: whether the config.json always has head_dim. Otherwise only a head size
-            other than hidden_size / num_attention_heads is told.
-        scale_by_width: the number of layers with which the scores are divided by the square root of
-            hidden_size / num_attention_heads and not of the head size; 0 for a family without
-            query_pre_attn_scalar. The file does not hold it: llama.cpp decides so, too.
+        interleaved: whether the converter interleaves the rotary pairs of q and k.
+        states_head_size: whether the config.json always has head_dim. If not, it has it only if the head
+            size is not hidden_size / num_attention_heads.
+        scale_by_width: number of layers of the one model that divides its scores by the square root of
+            hidden_size / num_attention_heads; the others use the head size. 0 for a family without
+            query_pre_attn_scalar. The file does not say: llama.cpp goes by the layers, too.
     """
 
     model_type: str
@@ -135,7 +136,7 @@ class GgufFamily:
 
     @property
     def known(self) -> frozenset[str]:
-        """The metadata that the family reads, without the architecture's name before them."""
+        """The metadata that the family reads, without the prefix of the architecture's name."""
         return frozenset(
             (*REQUIRED, *OPTIONAL, *self.required, *self.optional, *HEAD_SIZES, *ROPE_SCALING)
         )
@@ -210,17 +211,17 @@ def config_from_metadata(
     tensors: Mapping[str, tuple[int, ...]],
     rope_divisors: np.ndarray | None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The config.json that the metadata of a file stand for.
+    """The config.json that a file's metadata describe.
 
     Args:
         architecture: a key of `GGUF_FAMILIES`.
-        values: metadata entries of the architecture, without its name before them.
+        values: metadata entries of the architecture, without the prefix of its name.
         tensors: Hugging Face name -> shape.
-        rope_divisors: the file's `rope_freqs.weight` [head size / 2], where there is one.
+        rope_divisors: the file's `rope_freqs.weight` [head size / 2], or None.
 
     Returns:
-        The config, and what of the metadata is not understood; the config is of use only where that
-        is nothing.
+        The config, and the problems: metadata that are not understood. With problems the config is
+        incomplete.
     """
     family = GGUF_FAMILIES[architecture]
     problems = _unknown(architecture, family, values)
@@ -272,18 +273,19 @@ def _unknown(architecture: str, family: GgufFamily, values: Mapping[str, Any]) -
     problems = [f"{architecture}.{name} is missing" for name in missing]
     neutral = NEUTRAL | dict(family.neutral)
     for name, value in values.items():
-        told = f"{architecture}.{name} = {_shown(value)}"
+        entry = f"{architecture}.{name} = {_shown(value)}"
         if name in family.known or any(v is ... or v == value for v in neutral.get(name, ())):
             continue
-        problems.append(f"{told} ({MIXTURE})" if name == "expert_count" else f"{told} is not known")
+        is_mixture = name == "expert_count"
+        problems.append(f"{entry} ({MIXTURE})" if is_mixture else f"{entry} is not known")
     return problems
 
 
 def _rope_scaling(
     values: Mapping[str, Any], divisors: np.ndarray | None, theta: float, head_size: int
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """The config's rope_scaling, and what of it is not understood."""
-    # llama.cpp goes by the factor alone, and takes its kind for linear where the file is silent.
+    """The config's rope_scaling or None, and a problem or None."""
+    # llama.cpp goes by the factor; without a type the scaling is linear.
     kind = values.get("rope.scaling.type", "linear")
     factor = values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0))
     if kind not in ("linear", "none"):
@@ -302,7 +304,7 @@ def _rope_scaling(
         "original_max_position_embeddings": 8192,
     }
     expected = _llama3_divisors(scaling, theta, head_size)
-    # The converter computes them in float32; the blend multiplies its rounding by up to `factor`.
+    # The converter computes them in float32, and the blend multiplies the rounding by up to `factor`.
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
         return None, (
             f"rope.freq_base = {theta} does not give the frequencies of the tensor {ROPE_DIVISORS} "
@@ -312,10 +314,10 @@ def _rope_scaling(
 
 
 def _llama3_divisors(scaling: Mapping[str, Any], theta: float, head_size: int) -> np.ndarray:
-    """What each rotary frequency is divided by; "The Llama 3 Herd of Models" code, `apply_scaling`.
+    """What each rotary frequency is divided by; `apply_scaling` in the code of Llama 3.1.
 
-    Wavelengths shorter than length / high stay, those longer than length / low are divided by the
-    factor, and between them the frequency is blended linearly in length / wavelength.
+    Wavelengths below length / high are kept, those above length / low are divided by the factor, and
+    between them the frequency is a linear blend in length / wavelength.
     """
     frequencies = theta ** (-np.arange(0, head_size, 2, dtype=np.float64) / head_size)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)

@@ -1,8 +1,8 @@
 """GGUF files: config and weights, without torch.
 
-llama.cpp's converter renames the weights, interleaves the rotary pairs of q and k (Llama) and adds one
-to the norms' weights (Gemma); reading undoes that, so the arrays are those of the Hugging Face
-checkpoint that the file was made from (up to its quantization).
+llama.cpp's converter renames weights, interleaves the rotary pairs of q and k (Llama) and adds one to
+the norms' weights (Gemma). Reading undoes this, so the arrays are those of the original Hugging Face
+checkpoint, up to quantization.
 """
 
 import struct
@@ -24,16 +24,16 @@ from jaxgrad.errors import UserError
 
 
 class _BoundedReader(gguf.GGUFReader):
-    """A reader that ends at the end of its file: gguf's own reads on, up to 2^64 empty values."""
+    """A reader that stops at the end of the file; gguf's own would go on for up to 2^64 values."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         values = super()._get(offset, dtype, count, override_order)
         if len(values) != count:
-            raise ValueError(f"of {len(self.data)} bytes, it ends in what stands at byte {offset}")
+            raise ValueError(f"it ends inside the value at byte {offset} of {len(self.data)}")
         return values
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        """Lists at one go: a vocabulary has 256k values, and gguf's own takes 10 us for each."""
+        """Read a list in one step: a vocabulary has 256k values, and gguf's own takes 10 us for each."""
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         header = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
@@ -52,25 +52,25 @@ class _BoundedReader(gguf.GGUFReader):
         return 12 + int(values.nbytes), [*header, values], [2], types
 
     def _strings(self, start: int, count: int) -> tuple[list[np.ndarray], int]:
-        """`count` strings from byte `start` on, and the bytes that they take with their lengths."""
-        content = self.data.view(np.ndarray)  # a memmap's own slices are ten times as slow
+        """`count` strings from byte `start` on, and their size in bytes, length fields included."""
+        content = self.data.view(np.ndarray)  # slices of a memmap are ten times slower
         length = struct.Struct(np.dtype(np.uint64).newbyteorder(self.byte_order).str[0] + "Q")
         strings, offset = [], start
         for _ in range(count):
             begin = offset + length.size
             offset = begin + length.unpack_from(content, offset)[0] if begin <= len(content) else 0
             if not begin <= offset <= len(content):
-                raise ValueError(f"of {len(content)} bytes, it ends in what stands at byte {begin}")
+                raise ValueError(f"it ends inside the value at byte {begin} of {len(content)}")
             strings.append(content[begin:offset])
         return strings, offset - start
 
 
 class GgufFile:
-    """One GGUF file: metadata by name, and weights under their Hugging Face names.
+    """One GGUF file: metadata by name, and weights by their Hugging Face names.
 
     Raises:
-        UserError: missing, truncated or not a GGUF file; one of several parts; not a language model
-            of an architecture in `GGUF_FAMILIES`.
+        UserError: the file is missing, truncated, not GGUF, or one of several parts; it is no language
+            model of an architecture in `GGUF_FAMILIES`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class GgufFile:
             self._reader = _BoundedReader(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
-        except Exception as error:  # the reader has no error of its own: it trips over anything
+        except Exception as error:  # the reader may raise anything
             raise UserError(
                 f"{path} is not a complete GGUF file ({str(error) or type(error).__name__}); "
                 "download it again"
@@ -90,7 +90,7 @@ class GgufFile:
         self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
         if len(self._tensors) != len(self._reader.tensors):
             raise UserError(f"{path} holds a weight under two names; download it again")
-        # Llama's frequency divisors are a part of the config (`hf_config`), not a weight.
+        # Llama's frequency divisors belong to the config (`hf_config`); they are no weight.
         self._rope_divisors = (
             self._tensors.pop(ROPE_DIVISORS, None) if self.architecture == "llama" else None
         )
@@ -119,7 +119,7 @@ class GgufFile:
             )
 
     def metadata(self, name: str) -> Any:
-        """The value of a metadata entry, None where there is none."""
+        """The value of a metadata entry; None if there is none."""
         field = self._reader.fields.get(name)
         try:
             return None if field is None else field.contents()
@@ -129,7 +129,7 @@ class GgufFile:
             ) from error
 
     def metadata_names(self, prefix: str) -> list[str]:
-        """The names of the metadata entries that begin with `prefix`, without it."""
+        """Names of the metadata entries that start with `prefix`, without it."""
         return [n.removeprefix(prefix) for n in self._reader.fields if n.startswith(prefix)]
 
     def _hf_name(self, name: str) -> str:
@@ -137,17 +137,16 @@ class GgufFile:
         if parts[0] == "blk" and len(parts) > 2:
             template = names.get(".".join(["blk", "{layer}", *parts[2:]]))
             return name if template is None else template.replace("{layer}", parts[1])
-        return names.get(name, name)  # an unknown one is named by the loader's check
+        return names.get(name, name)  # `check_weights` names unknown ones
 
     def hf_config(self) -> dict[str, Any]:
-        """The config.json that this file stands for, in the attributes of the hub's files.
+        """The config.json of the model in this file.
 
-        Numbers are those of the file, which holds them in float32: an epsilon of 1e-06 reads as
-        9.999999974752427e-07.
+        Numbers are float32 in the file: an epsilon of 1e-06 reads as 9.999999974752427e-07.
 
         Raises:
-            UserError: metadata of the architecture that are missing, impossible or not understood,
-                all in one message.
+            UserError: metadata of the architecture are missing, impossible or not understood; all in one
+                message.
         """
         prefix = f"{self.architecture}."
         values = {name: self.metadata(prefix + name) for name in self.metadata_names(prefix)}
@@ -165,11 +164,11 @@ class GgufFile:
         return self._shapes
 
     def dtype(self, name: str) -> np.dtype:
-        """float32: what dequantizing gives."""
+        """float32: weights are dequantized."""
         return np.dtype(np.float32)
 
     def why_unreadable(self, name: str) -> str | None:
-        """The quantizations that gguf cannot undo; a weight's first row tells."""
+        """Why gguf cannot dequantize the weight, found on its first row; None if it can."""
         tensor = self._tensors[name]
         try:
             gguf.dequantize(tensor.data[:1], tensor.tensor_type)
@@ -200,7 +199,7 @@ class GgufFile:
         return values
 
     def read_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The same values, in blocks of rows where it is the embedding or the head."""
+        """The same values; a large embedding or head comes in blocks of rows."""
         tensor = self._tensors[name]
         bounds = row_blocks(self._shapes[name], self.dtype(name).itemsize)
         if len(bounds) == 1 or name.startswith("model.layers."):
@@ -221,7 +220,7 @@ class GgufFile:
 
 
 def _undo_pair_interleaving(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows (head, pair, half) of llama.cpp back to (head, half, pair) of Hugging Face; [O, I] or [O]."""
+    """Rows [O, ...] from llama.cpp's order (head, pair, half) to Hugging Face's (head, half, pair)."""
     pairs = weight.shape[0] // num_heads // 2
     interleaved = weight.reshape(num_heads, pairs, 2, *weight.shape[1:])
     return interleaved.swapaxes(1, 2).reshape(weight.shape)

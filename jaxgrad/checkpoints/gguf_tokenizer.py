@@ -1,9 +1,9 @@
-"""The Hugging Face tokenizer that a GGUF file was made from, rebuilt from its metadata.
+"""Rebuilds the Hugging Face tokenizer of a GGUF file from its metadata.
 
-A GGUF file names the kind of its tokenizer and holds the vocabulary; what transformers adds to that
-(how text is split, normalized and prefixed) is rebuilt by the kind. What the file does not say at all:
-whether an added token strips the spaces beside it, and whether it is looked for before the text is
-normalized or after (here: none strips, all are looked for before, as the models' own are).
+The file names the tokenizer's kind and holds the vocabulary. How text is split, normalized and prefixed
+follows from the kind. Two things the file does not say: whether an added token strips spaces beside it, and
+whether it is matched before or after normalization. Here none strips and all are matched before, as in the
+models' own tokenizers.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from jaxgrad.errors import UserError, is_panic
 # Token types of the GGUF format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 
-# Splitting rules by the name that llama.cpp gives them. Each must be the original tokenizer's own:
-# a near one gives other tokens on runs of spaces and digits.
+# Splitting rules by llama.cpp's names. Each must be exactly the original tokenizer's: one that is nearly
+# right gives other tokens for runs of spaces and digits.
 _SIGNS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -38,14 +38,14 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 @dataclasses.dataclass(frozen=True)
 class ByteLevelKind:
-    """What byte-level BPE tokenizers of one splitting rule have in common.
+    """What byte-level BPE tokenizers with one splitting rule have in common.
 
     Attributes:
-        split: the words' expression; None for GPT-2's own.
-        splits_digits: whether digits are cut off one by one, before.
-        nfc: whether text is normalized to Unicode's form C.
-        ignore_merges: whether a whole word of the vocabulary is preferred to the product of its merges.
-        adds_bos: whether a text begins with BOS where the file does not say.
+        split: regular expression of the words; None for GPT-2's.
+        splits_digits: whether each digit is first split off by itself.
+        nfc: whether text is normalized to Unicode form C.
+        ignore_merges: whether a word that is in the vocabulary becomes one token, whatever the merges.
+        adds_bos: whether a text starts with BOS if the file does not say.
     """
 
     split: str | None
@@ -73,14 +73,14 @@ BYTE_LEVEL_KINDS = {
     ),
 }
 
-SPACE = "\u2581"  # SentencePiece's letter for a space
-# transformers builds a Llama tokenizer by its class, whatever its tokenizer.json says: the first text
-# gets a space before it, unless it has one. Mistral's it takes as the tokenizer.json has them: every
-# text does, the ones behind special tokens among them. The files of both are "llama" files; Mistral's
-# vocabularies are known by the place of the space: 7B v0.1 and v0.2, and v0.3.
+SPACE = "\u2581"  # SentencePiece's character for a space
+# "llama" files hold tokenizers of Llama and of Mistral, which transformers prefixes differently. Llama's
+# class ignores its tokenizer.json: only the first piece of text gets a space before it, unless it has one.
+# Mistral's tokenizer.json counts: every piece does, also after special tokens. Mistral's vocabularies are
+# recognized by the id of the space: that of 7B v0.1 and v0.2, and that of v0.3.
 _MISTRAL_SPACE_IDS = (28705, 29473)
 
-# The tokenizer's entries that are read, and those that say nothing with this value.
+# Entries that are read, and entries that change nothing if they have this value.
 _LISTS = ("tokens", "token_type", "scores", "merges")
 _READ = frozenset((*_LISTS, "model", "pre", "add_bos_token", "add_eos_token", "add_space_prefix"))
 _NEUTRAL = {
@@ -92,25 +92,31 @@ _NEUTRAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a file: tokens[id], types[id]."""
+    """The tokens of a file.
+
+    Attributes:
+        tokens: by id.
+        types: token types of the GGUF format, by id.
+        ids: token -> id, without the fillers that the converter invents.
+    """
 
     tokens: Sequence[str]
     types: Sequence[int]
     ids: dict[str, int]
 
     def of_type(self, *types: int) -> list[str]:
-        """The tokens of these types, by id."""
+        """The tokens of these types, in the order of their ids."""
         return [t for t, kind in zip(self.tokens, self.types, strict=True) if kind in types]
 
 
 def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
     """The Hugging Face tokenizer that a GGUF file was made from.
 
-    Byte-level BPE of the kinds in `BYTE_LEVEL_KINDS`, and BPE by SentencePiece with bytes to fall back
-    on (Llama 2, Mistral, Gemma).
+    It may be byte-level BPE of a kind in `BYTE_LEVEL_KINDS`, or SentencePiece BPE with byte fallback
+    (Llama 2, Mistral, Gemma).
 
     Raises:
-        UserError: a tokenizer of another kind; entries that are not understood; a vocabulary that is
+        UserError: the tokenizer is of another kind; entries are not understood; the vocabulary is
             incomplete or contradicts itself.
     """
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -126,15 +132,13 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         return builders[kind](file)
     except UserError:
         raise
-    except (
-        BaseException
-    ) as error:  # lists of another length, ids without a token, broken merges, ...
+    except BaseException as error:  # wrong list lengths, ids without a token, broken merges, ...
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        told = " ".join(str(error).split())
+        detail = " ".join(str(error).split())
         raise UserError(
             f"{file.where}: the tokenizer in its metadata is incomplete or damaged "
-            f"({type(error).__name__}: {told}); download the file again"
+            f"({type(error).__name__}: {detail}); download the file again"
         ) from error
 
 
@@ -149,8 +153,8 @@ def _refuse_unknown_entries(file: GgufFile) -> None:
             unknown.append(f"{prefix}{name} = {str(value)[:60]!r}")
     if unknown:
         raise UserError(
-            f"{file.where}: of the tokenizer is not understood: {'; '.join(unknown)}. Refused, because "
-            "the token ids could be others: give the model's Hugging Face directory instead"
+            f"{file.where}: tokenizer entries not understood: {'; '.join(unknown)}. Refused, because the "
+            "token ids could be wrong: give the model's Hugging Face directory instead"
         )
 
 
@@ -163,9 +167,9 @@ def _lists(file: GgufFile, *names: str) -> list[Any]:
 
 
 def _vocabulary(tokens: list[str], types: list[int]) -> Vocabulary:
-    """Without the names that the converter invents for ids which the tokenizer does not have."""
+    """The vocabulary, without the fillers that the converter invents for unused ids."""
     if len(set(tokens)) != len(tokens):
-        raise ValueError("a token stands there twice")
+        raise ValueError("a token is there twice")
     ids = {
         token: i
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -208,8 +212,8 @@ def _sentencepiece(file: GgufFile) -> PreTrainedTokenizerFast:
     tokens, types, scores = _lists(file, "tokens", "token_type", "scores")
     is_gemma = file.architecture.startswith("gemma")
     if is_gemma:
-        # The converter writes the spaces of the tokens that users add as spaces. Gemma's runs of
-        # spaces are such tokens, and are looked up after the normalization.
+        # The converter stores user-defined tokens with plain spaces. Gemma's runs of spaces are such
+        # tokens, and are matched after normalization, which has replaced the spaces.
         tokens = [token.replace(" ", SPACE) if not token.strip(" ") else token for token in tokens]
     vocabulary = _vocabulary(tokens, types)
     merges = file.metadata("tokenizer.ggml.merges")
@@ -246,11 +250,11 @@ def _sentencepiece(file: GgufFile) -> PreTrainedTokenizerFast:
 def _merges(
     vocabulary: Vocabulary, scores: Sequence[float], is_gemma: bool
 ) -> Iterator[tuple[str, str]]:
-    """The merges that SentencePiece's scores stand for, the most wanted first.
+    """The merges that SentencePiece's scores define, highest priority first.
 
-    Every cut of a token into two tokens is a merge; the better the token's score, the earlier. Gemma's
-    runs of spaces and lines come first of all, but the converter overwrites their scores, as it does
-    those of all tokens that users add; its vocabulary stands in the order of its merges.
+    Every split of a token into two tokens is a merge; tokens with higher scores come first. Gemma's
+    vocabulary is in the order of its merges. Its scores cannot be used: its runs of spaces and newlines
+    come first, but they are user-defined tokens, whose scores the converter overwrites.
     """
     mergeable = (NORMAL, UNUSED, *((USER_DEFINED,) if is_gemma else ()))
     ids = {token: i for token, i in vocabulary.ids.items() if vocabulary.types[i] in mergeable}
@@ -275,7 +279,7 @@ def _pair(merge: str) -> tuple[str, str]:
 def _finish(
     file: GgufFile, tokenizer: Tokenizer, vocabulary: Vocabulary, *, adds_bos: bool
 ) -> PreTrainedTokenizerFast:
-    """Added and special tokens, BOS and EOS, the chat template."""
+    """Add special and user-defined tokens, BOS and EOS, and the chat template."""
     special = vocabulary.of_type(CONTROL, UNKNOWN)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     defined = vocabulary.of_type(USER_DEFINED)
@@ -287,13 +291,13 @@ def _finish(
         if token_id is not None:
             named[f"{ours}_token"] = vocabulary.tokens[token_id]
     stated = file.metadata("tokenizer.ggml.add_bos_token")
-    before = [named["bos_token"]] if (adds_bos if stated is None else stated) else []
-    after = [named["eos_token"]] if file.metadata("tokenizer.ggml.add_eos_token") else []
-    if before or after:
+    bos = [named["bos_token"]] if (adds_bos if stated is None else stated) else []
+    eos = [named["eos_token"]] if file.metadata("tokenizer.ggml.add_eos_token") else []
+    if bos or eos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *before, "$B", *after],
-            special_tokens=[(token, vocabulary.ids[token]) for token in {*before, *after}],
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+            special_tokens=[(token, vocabulary.ids[token]) for token in {*bos, *eos}],
         )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named

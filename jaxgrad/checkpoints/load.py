@@ -1,4 +1,4 @@
-"""A model from wherever it lies: read its config, open its weights, load them onto its devices."""
+"""Opens a checkpoint of any format and loads its weights onto one device or a mesh."""
 
 import dataclasses
 from pathlib import Path
@@ -25,13 +25,13 @@ from jaxgrad.models.sharding import bytes_on_a_device, check_mesh, make_mesh, pa
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A decoder with its weights on the device, or on a mesh of devices, and its tokenizer.
+    """A decoder with its weights on a device or a mesh, and its tokenizer.
 
     Attributes:
         name: what the user asked for, or the embedded default's name.
-        fingerprint: sha256 over the checkpoint's weights, as they stand in the files.
-        mesh: where the weights lie, split as `jaxgrad.models.sharding` has it; None for one device.
-        weight_bytes: size of the weights on a device.
+        fingerprint: sha256 over the checkpoint's weights, as stored in the files.
+        dtype: of the weights, a key of `DTYPES`; "stored" if they kept that of the files.
+        mesh: the devices that hold the weights, split by `jaxgrad.models.sharding`; None for one device.
     """
 
     name: str
@@ -45,18 +45,18 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on the device, on a mesh on each of its devices."""
+        """Bytes of the weights on each device."""
         return sum(bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self.state))
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, opened: everything but the values of its weights.
+    """An open model: everything but the values of its weights.
 
     Attributes:
         name: what the user asked for, or the embedded default's name.
         path: the directory or the GGUF file.
-        raw_config: its config.json, or what a GGUF file or a converted checkpoint has in its place.
+        raw_config: its config.json; for a GGUF file, made from the metadata.
         files: file name -> (bytes, modification time in ns), to notice that a model was replaced.
     """
 
@@ -76,26 +76,26 @@ class Checkpoint:
         mesh: Mesh | None = None,
         progress: bool = False,
     ) -> LoadedModel:
-        """Read the weights onto the device, or each device's part of them onto the devices of a mesh.
+        """Read the weights onto the device, or split over a mesh.
 
         Args:
-            dtype: as `load_model` takes it; None for that of the files, parameter by parameter.
+            dtype: a key of `DTYPES`; None for that of the files, parameter by parameter.
             mesh: from `jaxgrad.models.sharding.make_mesh`; None for one device.
             progress: show a bar on stderr.
 
         Raises:
-            UserError: see `load_model`.
+            UserError: the dtype is unknown; the weights cannot be read or do not fit the config.
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-        kind = None if dtype is None else DTYPES[dtype]
+        jax_dtype = None if dtype is None else DTYPES[dtype]
         with jax.enable_x64(dtype in (None, "float64")):
             if isinstance(self.source, SavedDecoder):
-                graphdef, state = self.source.restore(self.config, kind, mesh)
+                graphdef, state = self.source.restore(self.config, jax_dtype, mesh)
                 fingerprint = self.source.fingerprint
             else:
                 graphdef, state, fingerprint = fill_decoder(
-                    self.config, self.family, self.source, kind, mesh=mesh, progress=progress
+                    self.config, self.family, self.source, jax_dtype, mesh=mesh, progress=progress
                 )
         return LoadedModel(
             self.name,
@@ -110,19 +110,19 @@ class Checkpoint:
 
 
 def open_checkpoint(model_path: str | None = None) -> Checkpoint:
-    """Find a model and read its config, its tokenizer and the names and shapes of its weights.
+    """Find a model; read its config, its tokenizer, and the names and shapes of its weights.
 
     Args:
-        model_path: a Hugging Face directory (safetensors), a directory of `bin/convert`, a .gguf
+        model_path: a Hugging Face directory (safetensors), a directory that `bin/convert` wrote, a .gguf
             file, a hub id, or None for the embedded default.
 
     Raises:
-        UserError: whatever is wrong with the model, in one line.
+        UserError: what is wrong with the model, in one line.
     """
-    place = resolve_model(model_path)
-    path, files = place.path, [place.path]
+    location = resolve_model(model_path)
+    path, files = location.path, [location.path]
     source: GgufFile | CanonicalSource | SavedDecoder
-    # What is cheap to find wrong comes first: the config, the weights' names, then the tokenizer.
+    # The cheapest checks come first: config, names of the weights, tokenizer.
     if path.is_file():
         source = GgufFile(path)
         raw = source.hf_config()
@@ -144,7 +144,7 @@ def open_checkpoint(model_path: str | None = None) -> Checkpoint:
         files = sorted(file for file in path.iterdir() if file.is_file())
     stats = {file.name: file.stat() for file in files}
     sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    return Checkpoint(place.name, path, raw, config, family, source, tokenizer, sizes)
+    return Checkpoint(location.name, path, raw, config, family, source, tokenizer, sizes)
 
 
 def load_model(
@@ -154,12 +154,12 @@ def load_model(
 
     Args:
         model_path: as `open_checkpoint` takes it.
-        dtype: "float32", "bfloat16" or "float64", for weights and arithmetic; norms, softmax, rope
-            and loss are at least float32.
-        mesh: "DxM", the devices of this process that examples and weights are split over.
+        dtype: "float32", "bfloat16" or "float64", of weights and arithmetic. Norms, softmax, rope and loss
+            are at least float32.
+        mesh: "DxM": D devices of this process for the examples times M for the weights.
 
     Raises:
-        UserError: whatever is wrong with the model or the mesh, in one line.
+        UserError: what is wrong with the model or the mesh, in one line.
     """
     shape = parse_mesh(mesh)
     if shape is None:

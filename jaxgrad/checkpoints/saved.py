@@ -1,7 +1,7 @@
-"""A decoder that `bin/convert` wrote: Orbax arrays, config, tokenizer, and what they came from.
+"""A decoder that `bin/convert` wrote: Orbax arrays, config, tokenizer, and their source.
 
 D/jaxgrad_checkpoint.json   written last: format, config, provenance, the parameters' shapes
-D/weights/                  one Orbax array a parameter, in the dtype of the source
+D/weights/                  one Orbax array per parameter, in the dtype of the source
 D/tokenizer/                the source's tokenizer files
 """
 
@@ -34,14 +34,14 @@ from jaxgrad.models.sharding import parameter_shardings
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "jaxgrad_checkpoint.json", "weights", "tokenizer"
-CHUNK_BYTES = 64 * 2**20  # of an array on disk: a device of a pod reads its own pieces only
+CHUNK_BYTES = 64 * 2**20  # of an array on disk: each process of a pod reads only its own chunks
 
 
 class SavedDecoder:
-    """A directory of `bin/convert`, opened.
+    """A directory that `bin/convert` wrote.
 
     Raises:
-        UserError: it is incomplete, of another format, or its parts do not fit together.
+        UserError: it is incomplete, or of another format.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,7 +58,7 @@ class SavedDecoder:
         for folder in (WEIGHTS, TOKENIZER):
             if not (directory / folder).is_dir():
                 raise self._damaged(f"{folder}/ is missing")
-        # Found here and not by Orbax, which begins to read before it finds anything.
+        # Checked here, because Orbax starts reading before it checks.
         found, wanted = file_sizes(directory / WEIGHTS), self._description["weight_files"]
         for name, size in wanted.items():
             if found.get(name) != size:
@@ -69,7 +69,7 @@ class SavedDecoder:
 
     @staticmethod
     def is_one(directory: Path) -> bool:
-        """Whether a directory claims to be one."""
+        """Whether a directory claims to be a converted checkpoint."""
         return (directory / DESCRIPTION).is_file()
 
     @property
@@ -79,16 +79,20 @@ class SavedDecoder:
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer's files are."""
+        """The directory of the tokenizer's files."""
         return self._directory / TOKENIZER
 
     @property
     def fingerprint(self) -> str:
-        """That of the source's weights, so that a run may change from one to the other."""
+        """The fingerprint of the source's weights, so a run may continue with either."""
         return str(self._description["source"].get("weights_sha256"))
 
     def read_config(self) -> tuple[Family, DecoderConfig]:
-        """Family and config; checks that the arrays are those which the config asks for."""
+        """The family and the config.
+
+        Raises:
+            UserError: the config is not understood, or the arrays are not those of its decoder.
+        """
         family, config = read_config(self._description["config"], f"{self.where}/{DESCRIPTION}")
         try:
             saved = {name: tuple(entry["shape"]) for name, entry in self._parameters.items()}
@@ -106,12 +110,12 @@ class SavedDecoder:
     def restore(
         self, config: DecoderConfig, dtype: Any, mesh: Mesh | None = None
     ) -> tuple[nnx.GraphDef, nnx.State]:
-        """The decoder, its arrays read by Orbax straight onto the device, or to their pieces of a mesh.
+        """The decoder. Orbax reads its arrays straight onto the device, or onto each device of a mesh.
 
         Args:
             config: from `read_config`.
-            dtype: of the arrays; None for the one they are stored in.
-            mesh: where they go, split as `jaxgrad.models.sharding` has it; None for one device.
+            dtype: of the arrays; None for the stored one.
+            mesh: the devices that get them, split by `jaxgrad.models.sharding`; None for one device.
 
         Raises:
             UserError: Orbax cannot read them.
@@ -122,13 +126,13 @@ class SavedDecoder:
     def _restore_arrays(
         self, config: DecoderConfig, dtype: Any, mesh: Mesh | None
     ) -> dict[str, jax.Array]:
-        alone = SingleDeviceSharding(jax.local_devices()[0])
-        places: Mapping[str, Sharding] = {}
+        one_device = SingleDeviceSharding(jax.local_devices()[0])
+        shardings: Mapping[str, Sharding] = {}
         if mesh is not None:
-            places = parameter_shardings(config, self._parameters, mesh)
+            shardings = parameter_shardings(config, self._parameters, mesh)
         wanted = {
             name: ocp.ArrayRestoreArgs(
-                sharding=places.get(name, alone),
+                sharding=shardings.get(name, one_device),
                 global_shape=tuple(entry["shape"]),
                 dtype=np.dtype(dtype or entry["dtype"]),
             )
@@ -141,9 +145,9 @@ class SavedDecoder:
                     self._directory.resolve() / WEIGHTS,
                     args=ocp.args.PyTreeRestore(restore_args=wanted),
                 )
-        except Exception as error:  # Orbax and TensorStore have no error of their own in common
-            told = _first_line(error)
-            raise self._damaged(f"Orbax cannot restore its weights: {told}") from error
+        except Exception as error:  # Orbax and TensorStore have no common error class
+            reason = _first_line(error)
+            raise self._damaged(f"Orbax cannot restore its weights: {reason}") from error
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.where} is incomplete or damaged ({what}); convert the model again")
@@ -155,42 +159,42 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _checkpointer(largest_bytes: int) -> Iterator[ocp.Checkpointer]:
-    """Orbax with no more under way than its largest array, which is the least that it can do.
+    """An Orbax checkpointer that transfers no more at a time than the largest array, the least it can.
 
-    Its own reports of an error are tracebacks; they are left out, because it raises as well.
+    Orbax logs errors as tracebacks. They are silenced, because it raises the errors too.
     """
     gigabytes = math.ceil(largest_bytes / 1e9)
-    report = sys.unraisablehook
+    previous_hook = sys.unraisablehook
 
-    def without_closed_loops(late: Any) -> None:
-        if str(late.exc_value) != "Event loop is closed":
-            report(late)
+    def ignore_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous_hook(unraisable)
 
-    # When one array cannot be read, Orbax closes its loop while TensorStore still reads the others,
-    # each of which is then reported. They may come late, so after a failure the hook stays.
-    sys.unraisablehook = without_closed_loops
+    # If an array cannot be read, Orbax closes its event loop while TensorStore still reads the others, and
+    # each of these reports the closed loop. They may come late, so after a failure the hook stays.
+    sys.unraisablehook = ignore_closed_loops
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
-    # Each process reads for itself. Orbax would have all wait for each other, through the devices.
-    alone = ocp.options.MultiprocessingOptions(
+    # Each process reads on its own. Otherwise Orbax synchronizes all of them through their devices.
+    only_this_process = ocp.options.MultiprocessingOptions(
         primary_host=None, active_processes={jax.process_index()}
     )
     handler = ocp.PyTreeCheckpointHandler(
         save_concurrent_gb=gigabytes,
         save_device_host_concurrent_gb=gigabytes,
         restore_concurrent_gb=gigabytes,
-        multiprocessing_options=alone,
+        multiprocessing_options=only_this_process,
     )
     try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=only_this_process) as checkpointer:
             yield checkpointer
-        sys.unraisablehook = report
+        sys.unraisablehook = previous_hook
     finally:
         logging.set_verbosity(verbosity)
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """Bytes of each file below a directory, by its path there."""
+    """Bytes of each file below a directory, by its path relative to it."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
@@ -204,13 +208,15 @@ def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]
     arrays = named_parameters(state)
     options = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in arrays}
     with _checkpointer(max(array.nbytes for array in arrays.values())) as checkpointer:
-        # TensorStore holds a data file in memory until it has its size.
+        # TensorStore keeps a data file in memory until it has this size.
         save = ocp.args.PyTreeSave(arrays, options, ocdbt_target_data_file_size=CHUNK_BYTES)
         try:
             checkpointer.save(directory.resolve() / WEIGHTS, args=save)
         except Exception as error:  # as in `_restore_arrays`
-            told = _first_line(error)
-            raise UserError(f"{directory} cannot be written: {told}; is the disk full?") from error
+            reason = _first_line(error)
+            raise UserError(
+                f"{directory} cannot be written: {reason}; is the disk full?"
+            ) from error
     return {
         name: {"shape": list(array.shape), "dtype": array.dtype.name}
         for name, array in arrays.items()
@@ -218,6 +224,6 @@ def write_weights(directory: Path, state: nnx.State) -> dict[str, dict[str, Any]
 
 
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:
-    """Write the file that makes a directory a checkpoint; last of all."""
+    """Write jaxgrad_checkpoint.json. It must come last: it marks the directory as complete."""
     text = json.dumps({"format": FORMAT, **description}, indent=1, ensure_ascii=False)
     (directory / DESCRIPTION).write_text(text + "\n", encoding="utf-8")

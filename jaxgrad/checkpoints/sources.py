@@ -1,4 +1,4 @@
-"""Checkpoints on disk as named arrays: what a reader of weights needs, whatever the file format."""
+"""Weights in files as named arrays, whatever the format; the reader of safetensors directories."""
 
 import hashlib
 import json
@@ -16,46 +16,46 @@ from jaxgrad.errors import UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# What is read at once of a large tensor, and after how many bytes a file is opened anew: the pages of
-# a mapped file count as this process's memory for as long as the mapping stands.
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 32 * 2**20  # read at once of a large tensor
+# A file is reopened after so many bytes: pages of a mapped file count as this process's memory until it is
+# unmapped.
 REOPEN_BYTES = 64 * 2**20
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 class WeightSource(Protocol):
-    """Named tensors that are read one by one."""
+    """Named tensors, read one by one."""
 
     where: str
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape, in the order in which reading is cheapest."""
+        """Every tensor's name and shape, in the cheapest order to read."""
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` gives, for a tensor that is not unreadable."""
+        """The dtype that `read` gives; only for a tensor that can be read."""
 
     def why_unreadable(self, name: str) -> str | None:
-        """What keeps the tensor's values from being weights; None where nothing does."""
+        """Why the tensor cannot be read as a weight; None if it can."""
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's values, in the dtype of the file (dequantized where it is quantized)."""
+        """The values in the dtype of the file, or dequantized."""
 
     def read_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The same values, a large tensor's rows in blocks, so that it is never whole."""
+        """The same values; a large tensor comes in blocks of rows and is never whole in memory."""
 
 
 class Fingerprint:
-    """sha256 over the tensors' names, shapes and values, taken while they are read."""
+    """sha256 over the tensors' names, shapes and values, updated while they are read."""
 
     def __init__(self) -> None:
         self._digests: dict[str, Any] = {}
 
     def add(self, name: str, shape: tuple[int, ...], block: np.ndarray) -> None:
-        """Take in a tensor, whole or block by block; the order of the tensors does not matter.
+        """Add a tensor, whole or block by block. The order of the tensors does not matter.
 
         Args:
             name: the tensor's.
-            shape: of all of it.
+            shape: of the whole tensor.
             block: its next values, in C order.
         """
         if name not in self._digests:
@@ -63,14 +63,18 @@ class Fingerprint:
         self._digests[name].update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
 
     def hexdigest(self) -> str:
-        """64 hex digits for all tensors taken in."""
+        """64 hex digits over all tensors added."""
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; one-line `UserError` for anything else."""
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read or holds no JSON object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,7 +87,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face model directory; tells what else the directory may be."""
+    """The config.json of a Hugging Face model directory.
+
+    Raises:
+        UserError: it has none; the message says what the directory may be instead.
+    """
     path = directory / "config.json"
     if path.exists():
         return read_json_object(path)
@@ -102,7 +110,7 @@ class SafetensorsDirectory:
 
     Raises:
         UserError: no weights; pickled weights only; a missing, truncated or corrupt shard; a tensor
-            in two shards; an index that places a tensor where it does not stand.
+            in two shards; an index that names the wrong shard for a tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -124,24 +132,24 @@ class SafetensorsDirectory:
                 self._file_of[name] = path
                 view = handle.get_slice(name)
                 self._shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-        self._check_places(directory, weight_map)
+        self._check_index(directory, weight_map)
 
     def _weight_map(self, index_path: Path) -> dict[str, str]:
-        """Weight -> file, from the index; empty where there is no index."""
+        """Weight -> file, from the index; empty if there is no index."""
         if not index_path.exists():
             return {}
         weight_map = read_json_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index_path} has no weight_map; download it again")
         for file in weight_map.values():
-            # The index comes from strangers: a shard's name must not lead out of the directory.
-            # Nor be one that no file system takes.
+            # The index is not trusted: a name must not lead out of the directory, nor be too long for
+            # a file system.
             if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
                 shown = repr(file)[:200]
                 raise UserError(f"{index_path} names {shown}, which is not a plain file name")
         return weight_map
 
-    def _check_places(self, directory: Path, weight_map: dict[str, str]) -> None:
+    def _check_index(self, directory: Path, weight_map: dict[str, str]) -> None:
         for name, file in weight_map.items():
             found = self._file_of.get(name)
             if found != directory / file:
@@ -203,7 +211,7 @@ class SafetensorsDirectory:
         return np.dtype(FLOATS[self._dtypes[name]])
 
     def why_unreadable(self, name: str) -> str | None:
-        """Integers are no weights, and float8 ones need scales that no family here reads."""
+        """Why not, for integers, and for float8, whose scales no family here reads."""
         dtype = self._dtypes[name]
         return None if dtype in FLOATS else f"has dtype {dtype}, not {', '.join(FLOATS.values())}"
 
@@ -212,7 +220,7 @@ class SafetensorsDirectory:
         return self._take(name, None)
 
     def read_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The same values, a large tensor's rows in blocks."""
+        """The same values; a large tensor comes in blocks of rows."""
         bounds = row_blocks(self._shapes[name], self.dtype(name).itemsize)
         if len(bounds) == 1:
             yield self.read(name)
@@ -222,7 +230,7 @@ class SafetensorsDirectory:
     def _take(self, name: str, rows: slice | None) -> np.ndarray:
         path = self._file_of[name]
         if self._open_file is None or self._open_file[0] != path or self._bytes_read > REOPEN_BYTES:
-            self._open_file = None  # closes the other one first
+            self._open_file = None  # closes the previous file first
             self._open_file, self._bytes_read = (path, self._open(path)), 0
         try:
             file = self._open_file[1]
@@ -234,7 +242,7 @@ class SafetensorsDirectory:
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:
-    """First and last row (exclusive) of each block of at most `BLOCK_BYTES`, or one for a scalar."""
+    """(first row, end) of blocks of at most `BLOCK_BYTES`; one block for a scalar."""
     num_rows = shape[0] if shape else 1
     rows = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
     return [(begin, min(begin + rows, num_rows)) for begin in range(0, num_rows, rows)] or [(0, 0)]

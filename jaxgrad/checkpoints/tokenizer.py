@@ -1,4 +1,4 @@
-"""Tokenizers from a directory's own files; those of GGUF files are in `gguf_tokenizer`."""
+"""Tokenizers from a directory's files. For GGUF files see `gguf_tokenizer`."""
 
 from pathlib import Path
 
@@ -10,7 +10,11 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def tokenizer_from_directory(directory: Path) -> PreTrainedTokenizerFast:
-    """The directory's tokenizer; `trust_remote_code` is never given, so no code from it runs."""
+    """The directory's tokenizer. No code from the directory runs.
+
+    Raises:
+        UserError: there is no tokenizer, it is broken or slow, or its vocabulary is empty.
+    """
     if not any((directory / name).exists() for name in VOCABULARIES):
         raise UserError(
             f"{directory} has no tokenizer: tokenizer.json is missing; copy the tokenizer's files "
@@ -18,17 +22,17 @@ def tokenizer_from_directory(directory: Path) -> PreTrainedTokenizerFast:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except BaseException as error:  # transformers raises nearly anything on a broken tokenizer
+    except BaseException as error:  # a broken tokenizer may make transformers raise anything
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        told = " ".join(str(error).split())[:300]
+        detail = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{directory}: the tokenizer cannot be read ({type(error).__name__}: {told}); "
+            f"{directory}: the tokenizer cannot be read ({type(error).__name__}: {detail}); "
             "download its files (tokenizer.json, tokenizer_config.json) again"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: the tokenizer is a slow one; add its tokenizer.json")
-    # transformers makes a tokenizer of nothing but special tokens where the vocabulary is empty.
+    # From an empty vocabulary transformers makes a tokenizer of special tokens only.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise UserError(f"{directory}: the tokenizer has no vocabulary; add its tokenizer.json")
     return tokenizer

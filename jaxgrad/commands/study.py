@@ -52,7 +52,7 @@ def main() -> None:
     study.refuse_several_processes(values.num_processes)
     config = study.read_study(config_path, limit=values.limit)
     if values.dry_run:
-        plan = study.plan_study(config, output_dir, report_only=values.report_only)
+        plan = study.plan_study(config, output_dir)
         print("\n".join([*plan.grid(), *plan.summary()[:1]]))
         return
     study.run_study(config, output_dir, report_only=values.report_only, progress=values.progress)

@@ -1,7 +1,7 @@
-"""Stage 2b: tokenized examples -> padded batches of a bounded number of shapes.
+"""Tokenized examples -> padded batches with few shapes.
 
-XLA compiles once a shape, so lengths are rounded up to a grid. Padding changes nothing: pad tokens
-stand on the right, where no earlier token sees them, and padded targets and rows weigh exactly 0.
+XLA compiles once per shape, so lengths are rounded up to a grid. Padding changes no number: pad tokens are
+on the right, where no real token attends to them, and padded targets and rows have weight 0.
 
 Dimensions: B examples, T tokens, S response positions (targets) of one example.
 """
@@ -19,8 +19,7 @@ from jaxgrad.errors import UserError
 _MIN_LENGTH = 32
 _STEPS_PER_OCTAVE = 8
 _MIN_RESPONSES = 16
-# Programs that one data file may need. XLA takes seconds for each, so a long tail of rare lengths is
-# padded further rather than compiled for.
+# Shapes per data file. XLA takes seconds to compile each, so rare lengths are padded to another shape.
 MAX_SHAPES = 12
 
 
@@ -41,11 +40,11 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which examples stand in a batch.
+    """The examples of one batch.
 
     Attributes:
         shape: The padded sizes.
-        members: Positions in the list given to the planner, 1 to B of them; rows beyond are empty.
+        members: Indices in the list given to `plan_batches`, 1 to B of them; further rows are empty.
     """
 
     shape: BatchShape
@@ -53,16 +52,16 @@ class Batch:
 
 
 class ExampleArrays(NamedTuple):
-    """One example as the model takes it; with a leading B, a batch.
+    """One example as the model takes it, or a batch with a leading axis B.
 
-    For a target s: the logits at `positions_S[s]` predict `labels_S[s]`.
+    The logits at `positions_S[s]` predict `labels_S[s]`. All are 0 where padded.
 
     Attributes:
-        tokens_T: int32 [T], 0 where padded, padding on the right.
-        positions_S: int32 [S], positions in T; 0 where padded.
-        labels_S: int32 [S], the token at the position after; 0 where padded.
-        weights_S: float64 [S], 1 / (response tokens of the example); exactly 0 where padded. (In float32
-            1/n alone would cost a float64 run 6e-8.)
+        tokens_T: int32 [T], padded on the right.
+        positions_S: int32 [S], positions in T.
+        labels_S: int32 [S], the token at the next position.
+        weights_S: float64 [S], 1 / (response tokens of the example). In float32, 1/n would cost a float64
+            run an error of 6e-8.
     """
 
     tokens_T: Any
@@ -72,7 +71,7 @@ class ExampleArrays(NamedTuple):
 
 
 def example_arrays(tokens: Any, positions: Any, labels: Any, weights: Any) -> ExampleArrays:
-    """Anything array-like as `ExampleArrays`, in NumPy arrays of the right dtypes."""
+    """`ExampleArrays` in NumPy, with the right dtypes, from anything array-like."""
     return ExampleArrays(
         np.asarray(tokens, np.int32),
         np.asarray(positions, np.int32),
@@ -84,11 +83,11 @@ def example_arrays(tokens: Any, positions: Any, labels: Any, weights: Any) -> Ex
 def bucket_length(length: int, max_length: int) -> int:
     """Rounds a token count up to the grid 32, 36, 40, ... 64, 72, 80, ... 128, 144, ...
 
-    Eight steps an octave waste less than a ninth of a row from 32 tokens on. `max_length` caps the
-    grid and belongs to it.
+    Eight steps per octave: from 32 tokens on, padding is less than a ninth of a row. `max_length` is the
+    grid's last point.
 
     Raises:
-        ValueError: Not 1 <= length <= max_length.
+        ValueError: 1 <= length <= max_length does not hold.
     """
     if not 1 <= length <= max_length:
         raise ValueError(f"length {length} is not in 1..{max_length}")
@@ -100,13 +99,13 @@ def bucket_length(length: int, max_length: int) -> int:
 
 
 def bucket_responses(n: int, num_tokens: int) -> int:
-    """Rounds a number of targets up to 16, or else to `num_tokens`.
+    """Rounds a number of targets up to 16, or beyond that to `num_tokens`.
 
-    More steps would only be more shapes to compile: of a longer response the loss leaves out what is
-    padding (`gradients.loss`).
+    More steps would mean more shapes to compile and save nothing: the loss skips padding of long responses
+    (`gradients.loss`).
 
     Raises:
-        ValueError: Not 1 <= n <= num_tokens.
+        ValueError: 1 <= n <= num_tokens does not hold.
     """
     if not 1 <= n <= num_tokens:
         raise ValueError(f"{n} response positions are not in 1..{num_tokens}")
@@ -114,7 +113,7 @@ def bucket_responses(n: int, num_tokens: int) -> int:
 
 
 class RowShape(NamedTuple):
-    """The padded sizes of one row of a batch; the number of rows follows from `num_tokens`."""
+    """The padded sizes of one row of a batch."""
 
     num_tokens: int
     num_responses: int
@@ -133,23 +132,23 @@ class RowShape(NamedTuple):
 def choose_row_shapes(
     tokenized: Sequence[TokenizedExample], *, max_length: int, limit: int = MAX_SHAPES
 ) -> list[RowShape]:
-    """The row shapes of a data file: at most `limit`, of the grid.
+    """The row shapes of a data file: at most `limit` points of the grid.
 
-    While there are too many, the one goes whose examples cost the fewest padded tokens in the next
-    larger shape that holds them.
+    While there are too many, one is merged into the next larger shape that holds it: the one that this
+    costs the fewest padded tokens.
 
     Args:
-        tokenized: All examples of the file; those that cannot be measured do not count.
+        tokenized: All examples of the file; those that cannot be measured are ignored.
         max_length: The protocol's.
         limit: At least 1.
 
     Returns:
-        Descending. Every measurable example fits the first.
+        The shapes, descending. Every measurable example fits the first.
     """
     rows = Counter(RowShape.of(item, max_length) for item in tokenized if item.measurable)
     if not rows:
         return []
-    # One shape has to hold all; without it a file of short and long responses might have none.
+    # One shape must hold all. In a file of short and long responses, none of the others may.
     rows[RowShape(*(max(sizes) for sizes in zip(*rows, strict=True)))] += 0
     while len(rows) > limit:
         moves = []
@@ -170,26 +169,26 @@ def plan_batches(
     max_length: int,
     row_shapes: Sequence[RowShape] | None = None,
 ) -> list[Batch]:
-    """Sorts the measurable examples into batches of one shape each.
+    """Sorts the measurable examples into batches.
 
-    Examples are taken from the longest row shape to the shortest, and a batch is filled to the token
-    budget: rows that the longest shape leaves free are filled from the next one, so only the last batch
-    has empty rows. Short responses (see `bucket_responses`) and long ones do not mix. Every batch of a
-    T holds B = max(1, batch_tokens // T) rows: a smaller B would be one more shape. The plan
-    depends on the arguments alone.
+    Examples are taken from the longest row shape to the shortest. Rows that one shape leaves free in a
+    batch are filled from the next shape, so only the last batch has empty rows. Short responses (see
+    `bucket_responses`) and long ones are not mixed. All batches of one T have the same number of rows,
+    B = max(1, batch_tokens // T), because another B would be another shape. The plan depends only on
+    the arguments.
 
     Args:
         tokenized: The examples; those that cannot be measured are left out.
         batch_tokens: Tokens of a batch, padding included. One row may exceed it.
         max_length: The protocol's.
-        row_shapes: From `choose_row_shapes`, of these examples or of more; not given: of these.
+        row_shapes: From `choose_row_shapes`, for these examples or more; None for these.
 
     Returns:
-        The batches, largest T first, then largest S: what exceeds the memory fails at once.
+        The batches, largest T first, then largest S, so that too little memory shows at once.
 
     Raises:
         UserError: batch_tokens < 1.
-        ValueError: An example is longer than max_length, or fits no row shape.
+        ValueError: An example is longer than max_length or fits no row shape.
     """
     if batch_tokens < 1:
         raise UserError(f"--batch_tokens={batch_tokens} holds no example; give 1 or more")
@@ -214,7 +213,7 @@ def plan_batches(
 
 
 def count_shapes(batches: Iterable[Batch]) -> dict[BatchShape, int]:
-    """How many batches each shape has, in the order of the plan: one compilation a key."""
+    """Number of batches of each shape, in the order of the plan. One compilation per key."""
     return dict(Counter(batch.shape for batch in batches))
 
 
@@ -223,7 +222,7 @@ def batch_arrays(batch: Batch, tokenized: Sequence[TokenizedExample]) -> Example
 
     Args:
         batch: One batch of the plan.
-        tokenized: The list that the plan was made of.
+        tokenized: The list that was planned.
     """
     B, T, S = batch.shape.num_examples, batch.shape.num_tokens, batch.shape.num_responses
     tokens_BT = np.zeros((B, T), np.int32)

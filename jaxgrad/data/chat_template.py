@@ -1,8 +1,7 @@
-"""Chat templates: a record's messages -> the prompt that a tokenizer's own template makes of them.
+"""Chat templates: an example's messages -> its prompt, by the tokenizer's template.
 
-A template is a program from whoever made the model. Jinja's sandbox keeps it from files, imports and
-attributes, but not from endless loops or huge strings. So it runs under a limit of time and memory
-(`bounded`), and its text may be only so long.
+A template is an untrusted program. Jinja's sandbox blocks files, imports and attributes, but not endless
+loops or huge strings. So it runs with limits on time and memory (`bounded`) and on its output.
 """
 
 import contextlib
@@ -23,11 +22,10 @@ from jaxgrad.errors import UserError
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 
-# What a template may take for one example: time, memory, and characters besides a hundred times its
-# messages'.
+# Limits of a template for one example.
 TEMPLATE_SECONDS = 20.0
 TEMPLATE_BYTES = 2**28
-TEMPLATE_CHARACTERS = 1_000_000
+TEMPLATE_CHARACTERS = 1_000_000  # plus 100 times those of the messages
 
 
 def uses_chat(tokenizer: Any, choice: Literal["auto", "yes", "no"]) -> bool:
@@ -35,10 +33,10 @@ def uses_chat(tokenizer: Any, choice: Literal["auto", "yes", "no"]) -> bool:
 
     Args:
         tokenizer: A `transformers` tokenizer.
-        choice: The flag --chat. `auto` is yes if the tokenizer has a template.
+        choice: The flag --chat. "auto" means yes if the tokenizer has a template.
 
     Raises:
-        UserError: `yes` without a template, or an unknown choice.
+        UserError: "yes" without a template, or an unknown choice.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if choice == "auto":
@@ -51,18 +49,18 @@ def uses_chat(tokenizer: Any, choice: Literal["auto", "yes", "no"]) -> bool:
 
 
 def render_prompt(example: Example, tokenizer: Any, date: datetime.date | None) -> str:
-    """The prompt of an example, up to where the response begins.
+    """The prompt of an example, up to the start of the response.
 
-    The authors' system message comes first. It is left out where the record has one of its own, or where
-    the template refuses a system role (Gemma's does).
+    The authors' system message comes first, unless the record has its own or the template refuses a system
+    role (Gemma's does).
 
     Args:
-        example: whose messages are rendered.
-        tokenizer: a `transformers` tokenizer.
-        date: the day that templates print which ask for one; None for today.
+        example: Its messages are rendered.
+        tokenizer: A `transformers` tokenizer.
+        date: The day, for templates that print it; None for today.
 
     Raises:
-        UserError: there is no template, or it fails.
+        UserError: There is no template, or it fails.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use --chat=no")
@@ -74,7 +72,7 @@ def render_prompt(example: Example, tokenizer: Any, date: datetime.date | None) 
     try:
         return _apply_template([system, *turns], tokenizer, date)
     except jinja2.TemplateError:
-        # Gemma's template raises on a system role. Any other fault shows again without it.
+        # Gemma's template raises on a system role. Any other error is raised again without it.
         return _render(turns, example, tokenizer, date)
     except Exception as error:  # a template is a program, which may raise anything
         raise _template_error(example, error, tokenizer) from error
@@ -89,18 +87,17 @@ def _render(
         raise _template_error(example, error, tokenizer) from error
 
 
-def _apply_template(
-    turns: list[dict[str, str]], tokenizer: Any, date: datetime.date | None
-) -> str:
-    template, whole = None, tokenizer.get_chat_template()
-    _refuse_powers(whole)
-    if date is not None and "strftime_now" in whole:
-        template = _fixed_date(date) + whole
+def _apply_template(turns: list[dict[str, str]], tokenizer: Any, date: datetime.date | None) -> str:
+    own_template = tokenizer.get_chat_template()
+    _refuse_powers(own_template)
+    template = None
+    if date is not None and "strftime_now" in own_template:
+        template = _fixed_date(date) + own_template
     with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
         prompt = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, chat_template=template
         )
-    prompt.encode("utf-8")  # raises for half a surrogate pair, which no tokenizer can read
+    prompt.encode("utf-8")  # raises on half a surrogate pair, which no tokenizer can read
     most = TEMPLATE_CHARACTERS + 100 * sum(len(turn["content"]) for turn in turns)
     if len(prompt) > most:
         raise ValueError(f"it makes {len(prompt)} characters of messages that are far shorter")
@@ -109,7 +106,7 @@ def _apply_template(
 
 @functools.lru_cache(maxsize=8)
 def _refuse_powers(template: str) -> None:
-    """9**9**9 takes hours inside one operation, which no limit on time can break off."""
+    """Raise on `**`: 9**9**9 is one operation of hours, which no time limit can interrupt."""
     if any(
         kind == "operator" and text == "**" for _, kind, text in jinja2.Environment().lex(template)
     ):
@@ -117,62 +114,62 @@ def _refuse_powers(template: str) -> None:
 
 
 def _fixed_date(date: datetime.date) -> str:
-    """A macro in place of the function that transformers gives to templates, which says today."""
+    """A macro that replaces transformers' `strftime_now` and formats this date instead of today's."""
     known = "".join(f"|replace('%{x}', '{date.strftime(f'%{x}')}')" for x in "aAbBdmyYj")
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{known} }}}}{{%- endmacro -%}}"
 
 
 def _template_error(example: Example, error: Exception, tokenizer: Any) -> UserError:
     roles = ", ".join(message.role for message in example.messages)
-    told = " ".join((str(error) or type(error).__name__).split())[:300]
-    of = getattr(tokenizer, "name_or_path", "")
+    detail = " ".join((str(error) or type(error).__name__).split())[:300]
+    name = getattr(tokenizer, "name_or_path", "")
     return UserError(
-        f"record {example.index}: the chat template{f' of {of}' if of else ''} fails on the roles "
-        f"{roles}: {told}; mend the record's messages, or use --chat=no"
+        f"record {example.index}: the chat template{f' of {name}' if name else ''} fails on the roles "
+        f"{roles}: {detail}; mend the record's messages, or use --chat=no"
     )
 
 
 class OutOfTimeError(Exception):
-    """The time is over."""
+    """A `bounded` block ran too long."""
 
 
 @contextlib.contextmanager
 def bounded(seconds: float, more_bytes: int) -> Iterator[None]:
-    """Runs the block's Python code under a limit of time, and of memory besides what there is.
+    """Limits the time of the block, and the memory that it may add.
 
-    Both hold on the main thread of a Linux process alone, where every binary does such work. On another
-    thread no signal arrives, and other threads would meet the limit on memory: there is none then. It is
-    for pure Python: a library that cannot allocate may end the process.
+    The limits hold only on the main thread of a Linux process, where every command does this work. On
+    another thread there are none: no signal arrives there, and a memory limit would hit all threads. The
+    block must be pure Python: a library that cannot allocate may end the process.
 
     Args:
-        seconds: of wall clock.
-        more_bytes: of address space that the block may add to the process.
+        seconds: Wall-clock time.
+        more_bytes: Address space that the block may add to the process.
 
     Raises:
-        OutOfTimeError: the time is over.
-        MemoryError: the memory is.
+        OutOfTimeError: It took longer.
+        MemoryError: It needed more.
     """
     if threading.current_thread() is not threading.main_thread() or sys.platform != "linux":
         yield
         return
     import resource
 
-    def over(number: int, frame: FrameType | None) -> None:
+    def raise_out_of_time(number: int, frame: FrameType | None) -> None:
         raise OutOfTimeError(f"it takes more than {seconds:g} s")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + more_bytes
     limit = min(x for x in (limit, soft, hard) if x != resource.RLIM_INFINITY)
-    before = signal.signal(signal.SIGALRM, over)
+    previous_handler = signal.signal(signal.SIGALRM, raise_out_of_time)
     try:
         try:
-            # Again every second: where Python swallows exceptions (a destructor) the first is lost.
+            # Repeated every second, because a destructor may swallow the first exception.
             signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # of its own: the signal may arrive in the line above
+    finally:  # a second one, because the signal may arrive during the line above
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)

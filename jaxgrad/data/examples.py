@@ -1,12 +1,12 @@
-r"""Stage 1: a file of records -> examples. No tokenizer here.
+r"""A file of records -> examples. No tokenizer here.
 
-`data.formats` reads the files. A record takes one of two forms; fields that are not named here are ignored:
+`data.formats` reads the files. A record has one of two forms; other fields are ignored:
 
     {instruction, input?, output}           one user turn: instruction, "\n" + input if not empty
     {messages: [{role, content}, ...]}      the last turn is the assistant's: the response
 
-A record with both forms is read by its fields. The whole file is parsed, so a broken one is always
-found. Records are checked only inside the slice, because no other is measured.
+A record with both forms is read by the first. The whole file is parsed, so a broken file is always found.
+Records are checked only inside the slice that is measured.
 """
 
 import codecs
@@ -38,10 +38,10 @@ class Example:
 
     Attributes:
         index: Position of the record in its file, from 0.
-        id: 16 hex digits that depend on the messages and the response alone. The same content at
-            another position, or in another file format, has the same id.
+        id: 16 hex digits that depend only on messages and response: the same content has the same id at any
+            position and in any file format.
         messages: The prompt's turns, without the response.
-        response: The text whose loss is measured. May be empty; a later stage skips it.
+        response: The text whose loss is measured. If empty, the example will be skipped.
     """
 
     index: int
@@ -51,13 +51,13 @@ class Example:
 
     @property
     def instruction(self) -> str:
-        """The prompt as plain text: the contents of its turns, one below the other."""
+        """The prompt as plain text: the contents of its turns, joined by newlines."""
         return "\n".join(message.content for message in self.messages)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of a record's fields, as the flags --instruction_field and so on set them."""
+    """The names of a record's fields, set by the flags --instruction_field and so on."""
 
     instruction: str = "instruction"
     input: str = "input"
@@ -66,12 +66,12 @@ class Fields:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A slice of a file, with what identifies the file.
+    """Examples from a slice of a file.
 
     Attributes:
         path: The file.
         sha256: 64 hex digits over the bytes of the whole file.
-        num_records: Records in the whole file, not in the slice.
+        num_records: Records in the whole file.
         examples: The slice, in the file's order.
     """
 
@@ -93,7 +93,7 @@ def read_examples(
     Args:
         path: A file of one of `data.formats.FORMATS`. JSON is UTF-8, a byte order mark is accepted.
         start: First record, from 0.
-        limit: How many records at most; None takes all that follow.
+        limit: How many records at most; None for all that follow.
         fields: Names of the record's fields.
 
     Returns:
@@ -142,7 +142,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _check_renamed_input(records: Sequence[Any], fields: Fields, path: Path) -> None:
-    """An absent input is empty, so a misspelt --input_field would pass in silence."""
+    """Raise if --input_field is in no record: an absent input counts as empty, so a typo would not show."""
     if fields.input != Fields.input and not any(
         isinstance(record, dict) and fields.input in record for record in records
     ):

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from jaxgrad.errors import UserError
 
-# A few bytes of Parquet may stand for any number of rows, or unpack to any number of bytes: more than
-# this is refused. (JSON is as large in memory as a small multiple of its file.)
+# A small Parquet file may claim any number of rows, or unpack to any number of bytes: more than this is
+# refused. (JSON needs only a small multiple of its file in memory.)
 MAX_PARQUET_CELLS = 100_000_000
 MAX_PARQUET_BYTES = 2 * 2**30
 _PARQUET_BATCH = 1024
@@ -105,7 +105,7 @@ def _read_json_lines(data: bytes, path: Path, needed: Collection[str]) -> list[A
         _refuse_one_value(text, path)
     records: list[Any] = []
     offset = base
-    # Not `splitlines`: U+2028 and its like may stand inside a JSON string.
+    # Not `splitlines`, which also splits at U+2028 and others that a JSON string may contain.
     for number, line in enumerate(data[base:].split(b"\n"), start=1):
         line_text = line.decode("utf-8")
         if line_text.strip(_JSON_SPACE):
@@ -151,7 +151,7 @@ def _raise_broken(
     if isinstance(error, json.JSONDecodeError):
         # json counts characters; an editor or `head -c` needs bytes.
         offset = base + len(text[: error.pos].encode("utf-8"))
-        # One of json's messages ends in "at" itself.
+        # One of json's messages already ends in "at".
         reason = f"{error.msg.removesuffix(' at')} at byte offset {offset} of {size}{where}"
     else:
         reason = f"{str(error) or type(error).__name__} after byte offset {base} of {size}{where}"
@@ -173,11 +173,11 @@ def _read_parquet(data: bytes, path: Path, needed: Collection[str]) -> list[Any]
         metadata = pq.read_metadata(pa.BufferReader(data))
         leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
         texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        # Texts stay in their dictionaries until they are counted: a page may name one a billion times.
+        # Texts stay dictionary-encoded until they are counted: a page may repeat one a billion times.
         file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
         names, num_rows = file.schema_arrow.names, metadata.num_rows
         columns = [name for name in names if name in needed]
-        # Not the sizes of its columns: to ask for those ends the process where its statistics are broken.
+        # Not by the columns' sizes: asking for those crashes the process if their statistics are broken.
         if num_rows * len(leaves) > MAX_PARQUET_CELLS:
             raise _bomb(f"{num_rows} rows of {len(leaves)} columns", path)
         rows: list[dict[str, Any]] = []
@@ -204,7 +204,7 @@ def _unpacked_bytes(array: pa.Array) -> int:
     kind = array.type
     if pa.types.is_dictionary(kind):
         if not any(is_text(kind.value_type) for is_text in _TEXT_TYPES):
-            return array.indices.nbytes  # of numbers, which no record may hold as its text
+            return array.indices.nbytes  # numbers, which are refused as text later
         lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
         return pc.sum(lengths.cast(pa.int64())).as_py() or 0
     if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):

@@ -110,17 +110,17 @@ def example_gradients(
         array = value_at(state, path)
         return array if stacked else array[None]
 
-    places = {name: PROJECTIONS[name] for name in names}
+    sites = {name: PROJECTIONS[name] for name in names}
     factors = {
         name: Factors(
-            pick(captured, place.input, place.stacked),
-            pick(by_tap, (*place.module, "output"), place.stacked),
+            pick(captured, site.input, site.stacked),
+            pick(by_tap, (*site.module, "output"), site.stacked),
         )
-        for name, place in places.items()
+        for name, site in sites.items()
     }
     dense = {
-        name: pick(by_weight, (*place.module, "weight"), place.stacked)
-        for name, place in places.items()
+        name: pick(by_weight, (*site.module, "weight"), site.stacked)
+        for name, site in sites.items()
         if matrices
     }
     return value, factors, dense

@@ -44,10 +44,6 @@ class Selection:
         """The measured layers of a projection, ascending; (0,) for `lm_head`."""
         return self._layers[name]
 
-    def only(self, name: str, position: int) -> MatrixAddress:
-        """The address of a projection's matrix by its position among the measured ones."""
-        return [a for a in self.addresses if a.projection == name][position]
-
     @property
     def num_matrices(self) -> int:
         """Matrices an example."""

@@ -18,8 +18,8 @@ _blas_users = 0
 _blas_limit = contextlib.ExitStack()
 
 
-# threadpoolctl 3.8 lets one thread set OpenBLAS's number, as long as it lives, and ignores all others
-# without a word. So one thread of ours does it for all: the last to leave may not be the first that came.
+# threadpoolctl 3.8 lets only the first thread that sets OpenBLAS's number change it, and ignores all others
+# without a word. So one thread of ours sets and lifts the limit for all.
 _blas_keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blas limit")
 
 
@@ -27,10 +27,9 @@ _blas_keeper = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blas limit"
 def single_threaded_blas() -> Iterator[None]:
     """While any thread is inside, OpenBLAS runs on the thread that calls it.
 
-    jaxlib takes LAPACK from SciPy's OpenBLAS, whose own threads wait by spinning and fight with XLA's
-    for the cores (T = 256 on two busy cores: 20 s an example instead of 3). They also round otherwise:
-    a factorization on two threads differs in the last digits from that on one. The limit is the
-    process's, so the last one to leave lifts it.
+    jaxlib takes LAPACK from SciPy's OpenBLAS. Its threads wait by spinning and fight with XLA's for the
+    cores (T = 256 on two busy cores: 20 s an example instead of 3). Their results also differ in the last
+    digits from those of one thread. The limit is the process's, so the last thread to leave lifts it.
 
     Warns:
         RuntimeWarning: another thread of the process holds a limit of its own, which stays.

@@ -1,11 +1,11 @@
 """Reduction inside the backward pass: one layer's factors at a time, where all of them do not fit.
 
-The forward pass keeps what each layer takes, [L, T, D], and nothing else. The backward pass goes from
-the last layer to the first, computes that layer again, has its factors, reduces them to numbers and
-forgets them. That is one more forward pass, and memory for one layer instead of all.
+The forward pass keeps each layer's input, [L, T, D], and nothing else. The backward pass goes from the
+last layer to the first: it computes the layer again, reduces its factors to numbers and drops them. That
+costs one more forward pass, and needs memory for one layer's factors instead of all.
 
-The numbers are those of `measure.measure_example` up to rounding. Similarities between layers need the
-factors of all layers at once, and method `dense` all matrices: neither can be had this way.
+The numbers are those of `one_device.measure_example` up to rounding. Similarities need the factors of all
+layers at once, and method `dense` all matrices: neither works this way.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jaxgrad.projections import HEAD
 def measure_layerwise(
     graphdef: nnx.GraphDef, state: nnx.State, example: ExampleArrays, settings: MeasureSettings
 ) -> tuple[jax.Array, Measured]:
-    """Loss of one example, and for each projection the statistics of its selected layers [L, ...].
+    """Loss of one example, and for each projection the columns of its selected layers [L, ...].
 
     Raises:
         ValueError: with `similarity` or method "dense".
@@ -39,37 +39,36 @@ def measure_layerwise(
     model = nnx.merge(graphdef, state, copy=True)
     layer_def, layer_states = nnx.split(model.layers)
     x_TD = model.embed(example.tokens_T)
-    tables, places = model.tables(x_TD, num_live_tokens(example))
+    tables, traits_L = model.tables(x_TD, num_live_tokens(example))
 
     def forward(x_TD: jax.Array, layer: tuple) -> tuple[jax.Array, jax.Array]:
-        weights, place = layer
-        # Captured and thrown away: flax has no way to run a layer that sows without asking for it.
+        weights, traits = layer
+        # Captured and dropped: Flax runs a layer that sows only inside a capture.
         run = nnx.capture(nnx.merge(layer_def, weights, copy=True), nnx.Intermediate)
-        return run(x_TD, tables(place))[0], x_TD
+        return run(x_TD, tables(traits))[0], x_TD
 
-    x_TD, inputs_LTD = jax.lax.scan(forward, x_TD, (layer_states, places))
+    x_TD, inputs_LTD = jax.lax.scan(forward, x_TD, (layer_states, traits_L))
     loss, by_output_TD, head = _head(graphdef, state, x_TD, example, settings)
 
     def backward(by_output_TD: jax.Array, layer: tuple) -> tuple[jax.Array, Measured]:
-        weights, place, x_TD = layer
+        weights, traits, x_TD = layer
         by_input_TD, factors = _layer_factors(
-            layer_def, weights, x_TD, by_output_TD, tables(place), stacked
+            layer_def, weights, x_TD, by_output_TD, tables(traits), stacked
         )
-        # One layer, so its own number is 0.
-        alone = one_of_each(stacked)
-        found = reduce_factors(factors, dataclasses.replace(settings, selection=alone))
+        of_layer = dataclasses.replace(settings, selection=one_of_each(stacked))
+        found = reduce_factors(factors, of_layer)
         return by_input_TD, jax.tree.map(lambda array: array[0], found)
 
     found: Measured = {}
     if stacked:
         _, found = jax.lax.scan(
-            backward, by_output_TD, (layer_states, places, inputs_LTD), reverse=True
+            backward, by_output_TD, (layer_states, traits_L, inputs_LTD), reverse=True
         )
-    statistics = {
+    chosen = {
         name: jax.tree.map(lambda array_L, name=name: take_layers(array_L, selection[name]), values)
         for name, values in found.items()
     }
-    return loss, {name: (statistics | head)[name] for name in selection.names}
+    return loss, {name: (chosen | head)[name] for name in selection.names}
 
 
 def _head(
@@ -79,11 +78,11 @@ def _head(
     example: ExampleArrays,
     settings: MeasureSettings,
 ) -> tuple[jax.Array, jax.Array, Measured]:
-    """Loss, its derivative by the last layer's output, and `lm_head`'s statistics if selected."""
+    """Loss, its derivative by the last layer's output, and `lm_head`'s columns if selected."""
     names = settings.selection.names
-    place = PROJECTIONS["lm_head"]
-    output = (*place.module, "output")
-    is_measured = "lm_head" in names
+    site = PROJECTIONS[HEAD]
+    output = (*site.module, "output")
+    is_measured = HEAD in names
     take_loss = LOSSES[settings.loss].function
 
     def run(x_TD: jax.Array, taps: nnx.State) -> tuple[jax.Array, nnx.State]:
@@ -108,13 +107,9 @@ def _head(
     (loss, captured), (by_output_TD, by_tap) = differentiate(x_TD, taps)
     if not is_measured:
         return loss, by_output_TD, {}
-    factors = Factors(value_at(captured, place.input)[None], value_at(by_tap, output)[None])
-    alone = one_of_each((HEAD,))
-    return (
-        loss,
-        by_output_TD,
-        reduce_factors({"lm_head": factors}, dataclasses.replace(settings, selection=alone)),
-    )
+    factors = Factors(value_at(captured, site.input)[None], value_at(by_tap, output)[None])
+    of_head = dataclasses.replace(settings, selection=one_of_each((HEAD,)))
+    return loss, by_output_TD, reduce_factors({HEAD: factors}, of_head)
 
 
 def _layer_factors(

@@ -1,4 +1,4 @@
-"""What a run will need, in bytes, before anything is compiled or loaded; and what is at hand.
+"""What a run will need, in bytes, before anything is compiled or loaded; and what memory is free.
 
 The prediction is made from the sizes of the model and of the largest batch alone. Its counts of arrays
 were fitted to XLA's own account (`Programs.memory`) on the CPU, where a test holds it within 20 % for

@@ -1,16 +1,16 @@
-"""`measure.measure_batch` on a mesh: forward and backward split by the compiler, the reduction by hand.
+"""`one_device.measure_batch` on a mesh: the compiler splits the passes, a `shard_map` the reduction.
 
-Where weights are whole (D x 1) every device runs the program of one device on its own examples.
+Where weights are whole (D x 1), every device runs the program of one device on its own examples.
 
 Otherwise the compiler splits the forward and the backward pass, from where parameters and batch lie
-(`sharding`): its layout for a layer is the one of two sums. It cannot split a LAPACK call, and would run
-every reduction on every device, so the reduction stands in a `shard_map`: an all-to-all gives each device
-whole factors of its own layers, in exchange for its part of the features of all layers. A device then
-reduces B/D examples of L/M layers.
+(`models.sharding`). It picks the layout with two all-reduces per layer and pass. It cannot split a LAPACK
+call, and would run every reduction on every device. So the reduction stands in a `shard_map`: an
+all-to-all gives each device the whole factors of its own layers. Each device then reduces B/D examples of
+L/M layers.
 
-Every constraint and every `shard_map` stands outside the `vmap` over examples, with "data" named for
-its axis. Inside, a constraint would say nothing of that axis, and the compiler would hold the examples
-of all devices on each; `spmd_axis_name` is there so that one could be written all the same.
+Constraints and `shard_map`s stand outside the `vmap` over examples, on arrays with their B. Inside it a
+constraint would say nothing of B, and every device would hold all examples, unless the `vmap` has
+`spmd_axis_name`.
 """
 
 import functools
@@ -50,7 +50,7 @@ def measure_batch_on(
     settings: MeasureSettings,
     mesh: Mesh,
 ) -> tuple[jax.Array, Measured]:
-    """Loss [B] and statistics [B, P, ...] of a batch, the examples split over "data".
+    """Loss [B] and columns [B, padded L, ...] of a batch, the examples split over "data".
 
     Args:
         graphdef: the decoder without its weights.
@@ -60,15 +60,15 @@ def measure_batch_on(
         mesh: where.
 
     Returns:
-        P is the number of selected layers, filled up to a multiple of the devices of "model" with
-        layers of zeros, which the caller cuts off: a collective behind the reduction would have all
-        devices wait for the slowest.
+        The selected layers are filled up with layers of zeros to a multiple of the devices of "model".
+        The caller cuts these off: a collective behind the reduction would have all devices wait for the
+        slowest.
 
     Raises:
         ValueError: `layerwise` with weights that are split: it has one layer at a time.
     """
     if shape_of(mesh).model == 1:
-        alone = jax.shard_map(
+        whole_program = jax.shard_map(
             lambda state, batch: jax.vmap(lambda e: measure_example(graphdef, state, e, settings))(
                 batch
             ),
@@ -78,7 +78,7 @@ def measure_batch_on(
             check_vma=False,
         )
         with jax.default_matmul_precision(settings.precision):
-            return alone(state, batch)
+            return whole_program(state, batch)
     if settings.layerwise:
         raise ValueError("layers are reduced one by one only where the weights are whole")
     with jax.default_matmul_precision(settings.precision):
@@ -99,19 +99,19 @@ def _measure_split(
         ),
         spmd_axis_name=DATA,
     )(batch)
-    # Attention may leave the gradients of whole kv heads on a part of the devices; from there the way to
-    # layers would be one that the compiler warns of.
+    # Where kv heads do not divide, attention may leave their gradients on a part of the devices. The
+    # compiler has no good way from there to layers, so they are made whole first.
     if not divided(nnx.merge(graphdef, state, copy=True).config, shape_of(mesh).model)["kv_heads"]:
         for name in [name for name in KV if name in factors]:
             pair = factors[name]
             factors[name] = pair._replace(output_grad_LTO=_whole(pair.output_grad_LTO, mesh))
             matrices |= {name: _whole(matrices[name], mesh)} if matrices else {}
-    statistics: Measured = {}
+    found: Measured = {}
     if settings.method == "dense":
         for name in names:
             layers = settings.selection[name]
             operands = (matrices[name], factors[name])
-            statistics[name] = _by_layers(
+            found[name] = _by_layers(
                 lambda chosen: reduce_matrices(chosen[0], chosen[1], settings),
                 operands,
                 layers,
@@ -121,7 +121,7 @@ def _measure_split(
         for names_of_input in shared_inputs(settings.selection):
             layers = settings.selection[names_of_input[0]]
             grads = {name: factors[name].output_grad_LTO for name in names_of_input}
-            statistics |= _by_layers(
+            found |= _by_layers(
                 lambda chosen: reduce_shared_input(chosen[0], chosen[1], settings),
                 (factors[names_of_input[0]].input_LTI, grads),
                 layers,
@@ -136,8 +136,8 @@ def _measure_split(
             out_specs=P(DATA),
             check_vma=False,
         )
-        statistics = with_columns(statistics, together(factors, matrices))
-    return loss_B, {name: statistics[name] for name in names}
+        found = with_columns(found, together(factors, matrices))
+    return loss_B, {name: found[name] for name in names}
 
 
 def _whole(array_B: jax.Array, mesh: Mesh) -> jax.Array:

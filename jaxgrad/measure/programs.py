@@ -1,10 +1,10 @@
 """The compiled programs of a run: one for each batch shape, made once, counted and timed.
 
-XLA compiles for fixed shapes, and a compilation that nobody sees is the commonest way to lose time. So
-programs are compiled ahead of time, by name, and a run prints how many there were.
+XLA compiles for fixed shapes. Compilations that nobody sees are the commonest way to lose time. So programs
+are compiled ahead of time, one a shape, and a run prints how many there were.
 
-A batch for which the device's memory is too small is measured in two halves, and so are all later
-batches of its shape.
+A batch that runs out of the device's memory is measured in two halves, and so are all later batches of its
+shape.
 """
 
 import threading
@@ -70,8 +70,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Programs:
     """`measure_batch` compiled for each batch shape of a run, for one device or for a mesh.
 
-    float64 is switched on around every trace and call: singular values are reduced to statistics in
-    float64 whatever the model's dtype, and the switch must not leak into the caller's own JAX code.
+    float64 is switched on around every trace and call, and nowhere else: singular values are reduced in
+    float64 whatever the model's dtype, and the caller's own JAX code must not notice.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Programs:
     def measure(
         self, state: nnx.State, shape: BatchShape, arrays: ExampleArrays
     ) -> tuple[np.ndarray, Measured]:
-        """Losses and statistics of one batch, as NumPy arrays with B rows; from any thread.
+        """Losses and columns of one batch, as NumPy arrays with B rows; from any thread.
 
         Where the memory is too small the batch is measured in halves, which changes nothing but the
         time; rows of padding behind the last example may then be left out.
@@ -211,11 +211,11 @@ class Programs:
             batch = jax.device_put(arrays, self._batch_sharding)
             if self._mesh is None:
                 return jax.device_get(program(state, batch))
-            loss_B, statistics = jax.device_get(program(state, batch))
-        return self._cut(loss_B, statistics, shape.num_examples)
+            loss_B, found = jax.device_get(program(state, batch))
+        return self._cut(loss_B, found, shape.num_examples)
 
     def _cut(
-        self, loss_B: np.ndarray, statistics: Measured, num_examples: int
+        self, loss_B: np.ndarray, found: Measured, num_examples: int
     ) -> tuple[np.ndarray, Measured]:
         """Without the rows and layers of zeros that filled the mesh."""
         rows = slice(num_examples)
@@ -223,7 +223,7 @@ class Programs:
             name: jax.tree.map(
                 lambda array_BL, count=len(self.selection[name]): array_BL[rows, :count], values
             )
-            for name, values in statistics.items()
+            for name, values in found.items()
         }
 
     def _halve(self, shape: BatchShape) -> None:
@@ -242,9 +242,9 @@ class Programs:
 def _placed(state: nnx.State, config: DecoderConfig, mesh: Mesh) -> nnx.State:
     """The shapes of a decoder's weights, with where they lie."""
     shapes = named_parameters(state)
-    places = parameter_shardings(config, shapes, mesh)
+    shardings = parameter_shardings(config, shapes, mesh)
     placed: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[name])
         for name, value in shapes.items()
     }
     return with_parameters(state, placed)

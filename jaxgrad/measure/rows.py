@@ -85,8 +85,8 @@ def _address_columns(
     columns: dict[str, np.ndarray | list] = {
         name: [getattr(address, name) for address in addresses] for name in MatrixAddress._fields
     }
-    for place, name in enumerate(("rows", "cols")):
-        columns[name] = np.array([sizes[a.projection][place] for a in addresses], np.int32)
+    for axis, name in enumerate(("rows", "cols")):
+        columns[name] = np.array([sizes[a.projection][axis] for a in addresses], np.int32)
     return columns
 
 
@@ -109,8 +109,8 @@ def _first_not_finite(
 ) -> str | None:
     """Where the numbers of an example first ceased to be finite; None where all are.
 
-    One NaN makes everything behind it NaN, so of the places that show it the first in the order of
-    computation is the one to look at: the inputs X from layer 0 up, the loss, then the gradients D by
+    One NaN makes everything computed from it NaN. So of all numbers that show it, the one that is computed
+    first is the one to look at: the inputs X from layer 0 up, the loss, then the gradients D by
     the outputs from the last layer down; at last what is made of finite factors, which can overflow.
 
     The text has no number of the example's own, so that equal cases are counted together.

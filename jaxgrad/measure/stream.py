@@ -1,4 +1,4 @@
-"""The stream of measured batches: while one's results are written, the next ones are under way."""
+"""Batches, measured one after the other: while one's results are written, the next ones are computed."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,14 @@ def measured(
 ) -> Iterator[list[ExampleResult]]:
     """The results of each batch, in the order of the plan.
 
-    Work that does not need the device (rows, Parquet, the next arrays) overlaps with it. On a CPU two
-    batches are in flight (`batches_in_flight`).
+    The host's work (rows, Parquet, the next arrays) overlaps with the device's. On a CPU two batches are
+    computed at once (`batches_in_flight`).
 
     Args:
         programs: of the model.
         model: its weights.
-        plan: the examples that a batch's members are positions in, and the batch.
-        stop: asked between batches; once it says so, those in flight are the last.
+        plan: for each batch its window's examples, which its members are positions in, and the batch.
+        stop: asked between batches. Once it is true, the batches in flight are the last.
 
     Raises:
         UserError: the memory is too small for one example.
@@ -37,9 +37,9 @@ def measured(
 
     def measure(tokenized: Sequence[TokenizedExample], batch: Batch) -> list[ExampleResult]:
         arrays = batch_arrays(batch, tokenized)
-        loss_B, statistics = programs.measure(model.state, batch.shape, arrays)
+        loss_B, columns = programs.measure(model.state, batch.shape, arrays)
         members = [tokenized[member] for member in batch.members]
-        return example_results(members, loss_B, statistics, programs.selection, model.config)
+        return example_results(members, loss_B, columns, programs.selection, model.config)
 
     in_flight = batches_in_flight(programs.mesh_shape)
     pool = ThreadPoolExecutor(max_workers=in_flight, thread_name_prefix="measure")
@@ -49,12 +49,12 @@ def measured(
             if stop():
                 break
             pending.append(pool.submit(measure, tokenized, batch))
-            # One more than run, so that a thread that is done finds its next batch.
+            # One more than are computed, so that a free thread finds its next batch.
             if len(pending) > in_flight:
                 yield pending.popleft().result()
         while pending:
             future = pending.popleft()
-            # They begin in order, so behind one that has not begun none is to be waited for.
+            # Batches start in order: if this one was cancelled, no later one has started.
             if stop() and future.cancel():
                 return
             yield future.result()

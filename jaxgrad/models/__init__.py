@@ -1,4 +1,4 @@
-"""Models: one Flax decoder, its config, and the families that it can stand for. No file is read here."""
+"""One Flax decoder for all model families, its config, and its split over devices. Reads no files."""
 
 from jaxgrad.models.config import AttentionKind, DecoderConfig, Rope
 from jaxgrad.models.decoder import Decoder

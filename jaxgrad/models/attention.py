@@ -1,4 +1,4 @@
-"""Attention without weights: which tokens are seen, how far they are turned, how they are mixed."""
+"""Attention without its weights: causal mask and window, rotary embedding, weighted sum of values."""
 
 import functools
 import itertools
@@ -12,8 +12,8 @@ import numpy as np
 from jaxgrad.dtypes import at_least_float32
 from jaxgrad.models.config import DecoderConfig, Rope
 
-# Of the causal square of scores, n blocks of queries compute (n + 1) / 2n. More blocks are more programs
-# to compile, and smaller products.
+# With n blocks of queries, (n + 1) / 2n of the square of scores is computed. More blocks mean more to
+# compile and smaller matrix products.
 MAX_BLOCKS = 4
 MIN_BLOCK = 96
 
@@ -22,9 +22,9 @@ class AttentionTables(NamedTuple):
     """What one layer's attention needs besides its weights.
 
     Attributes:
-        cos_sin_2TR: cosines and sines of the rotated pairs, None where nothing is rotated.
-        window: how many tokens a token sees, itself included; None for all before it.
-        scale: of the products of queries and keys.
+        cos_sin_2TR: cosines and sines of R rotated pairs; None if nothing is rotated.
+        window: how many tokens a token attends to, itself included; None for no limit.
+        scale: factor on the products of queries and keys.
     """
 
     cos_sin_2TR: jax.Array | None
@@ -35,43 +35,45 @@ class AttentionTables(NamedTuple):
 def layer_tables(
     config: DecoderConfig, num_padded: int, num_tokens: jax.Array | None, dtype: np.dtype
 ) -> tuple[Callable[[dict[str, jax.Array]], AttentionTables], dict[str, jax.Array]]:
-    """A function from a layer's place to its tables, and the places of all layers, stacked.
-
-    A place holds no more than what differs between layers, so a decoder whose layers are all alike
-    scans over nothing but its weights.
+    """A function that makes a layer's tables from its traits, and the traits of all layers.
 
     Args:
         config: the decoder.
         num_padded: T.
-        num_tokens: tokens of the sequence without its padding, int32 scalar; None for T.
+        num_tokens: tokens of the sequence without padding, int32 scalar; None for T.
         dtype: of angles and scores, at least float32.
+
+    Returns:
+        traits of one layer -> its `AttentionTables`.
+        The traits, each stacked over layers [L]: "kind", the index in `config.kinds`, and "scale".
+        A trait is left out if all layers have the same, so most decoders scan over weights alone.
     """
     kinds = config.kinds
-    angles_k = [_cos_sin(kind.rope, config, num_padded, num_tokens, dtype) for kind in kinds]
-    turning = [table for table in angles_k if table is not None]
-    if turning:
-        # A layer without rope among others with one: angles of zero turn nothing, to the last bit.
-        still = jnp.stack([jnp.ones_like(turning[0][0]), jnp.zeros_like(turning[0][1])])
-        stacked = jnp.stack([still if table is None else table for table in angles_k])
+    angles = [_cos_sin(kind.rope, config, num_padded, num_tokens, dtype) for kind in kinds]
+    rotating = [table for table in angles if table is not None]
+    if rotating:
+        # Kinds without rope get angles of zero, which change no bit.
+        zero = jnp.stack([jnp.ones_like(rotating[0][0]), jnp.zeros_like(rotating[0][1])])
+        stacked = jnp.stack([zero if table is None else table for table in angles])
     windows = [num_padded if kind.window is None else kind.window for kind in kinds]
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
-    places = {}
+    traits_L = {}
     if len(kinds) > 1:
-        places["kind"] = jnp.asarray(np.asarray(config.layer_kinds, np.int32))
+        traits_L["kind"] = jnp.asarray(np.asarray(config.layer_kinds, np.int32))
     if config.scale_by_depth:
         depth = np.arange(1, config.num_layers + 1)
-        places["scale"] = jnp.asarray((scale / depth).astype(dtype))
+        traits_L["scale"] = jnp.asarray((scale / depth).astype(dtype))
 
-    def tables(place: dict[str, jax.Array]) -> AttentionTables:
-        layer_scale = place.get("scale", scale)
-        if "kind" not in place:
-            return AttentionTables(angles_k[0], kinds[0].window, layer_scale)
-        kind = place["kind"]
-        cos_sin_2TR = stacked[kind] if turning else None
+    def tables(traits: dict[str, jax.Array]) -> AttentionTables:
+        layer_scale = traits.get("scale", scale)
+        if "kind" not in traits:
+            return AttentionTables(angles[0], kinds[0].window, layer_scale)
+        kind = traits["kind"]
+        cos_sin_2TR = stacked[kind] if rotating else None
         window = jnp.asarray(np.asarray(windows, np.int32))[kind]
         return AttentionTables(cos_sin_2TR, window, layer_scale)
 
-    return tables, places
+    return tables, traits_L
 
 
 def _cos_sin(
@@ -94,15 +96,15 @@ def _cos_sin(
 
 
 def rotate(x_TNH: jax.Array, cos_sin_2TR: jax.Array) -> jax.Array:
-    """Turn each pair (x[r], x[r + R]) by its position's angle, in the dtype of the angles.
+    """Rotate each pair (x[r], x[r + R]) by its position's angle, in the dtype of the angles.
 
-    R pairs are the first 2 R entries of a head; the entries beyond are left as they are.
+    The R pairs are the first 2 R entries of a head; the others are not rotated.
     """
     cos, sin = (part[:, None, :] for part in cos_sin_2TR)
     num_pairs = cos.shape[-1]
     first, second, rest = jnp.split(x_TNH.astype(cos.dtype), (num_pairs, 2 * num_pairs), axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*turned, rest], axis=-1).astype(x_TNH.dtype)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x_TNH.dtype)
 
 
 def causal_attention(
@@ -113,21 +115,25 @@ def causal_attention(
     *,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Grouped-query attention over the tokens up to each position, [T, N, H]."""
+    """Causal grouped-query attention, [T, N, H].
 
-    # Rematerialised: the scores are T x T a head and layer, which at T = 1024 is most of the memory
-    # of a forward pass, and recomputing them costs a few percent.
+    Inside: Q queries of a block, S keys that they see, G query heads per key head, R = G Q.
+    """
+
+    # Rematerialised: the T x T scores of every head and layer are most of a forward pass's memory at
+    # T = 1024, and recomputing them costs a few percent.
     @functools.partial(jax.checkpoint, static_argnums=(3,))
     def attend(q_QNH: jax.Array, k_SKH: jax.Array, v_SKH: jax.Array, first: int) -> jax.Array:
         num_queries, num_heads, head_size = q_QNH.shape
         num_seen, num_kv_heads = k_SKH.shape[:2]
-        groups = num_heads // num_kv_heads
-        # The queries that share a key head stand as rows of one matrix, so that no array of the scores'
-        # size is ever transposed.
-        q_KGQH = q_QNH.reshape(num_queries, num_kv_heads, groups, head_size).transpose(1, 2, 0, 3)
-        q_KRH = q_KGQH.reshape(num_kv_heads, groups * num_queries, head_size)
+        heads_per_key = num_heads // num_kv_heads
+        # Queries that share a key head are rows of one matrix: no array as large as the scores is
+        # transposed.
+        q_KGQH = q_QNH.reshape(num_queries, num_kv_heads, heads_per_key, head_size)
+        q_KGQH = q_KGQH.transpose(1, 2, 0, 3)
+        q_KRH = q_KGQH.reshape(num_kv_heads, heads_per_key * num_queries, head_size)
         scores_KRS = jnp.einsum("krh,skh->krs", q_KRH, k_SKH)
-        scores_KGQS = scores_KRS.reshape(num_kv_heads, groups, num_queries, num_seen)
+        scores_KGQS = scores_KRS.reshape(num_kv_heads, heads_per_key, num_queries, num_seen)
         scores_KGQS = scores_KGQS.astype(at_least_float32(q_QNH.dtype)) * tables.scale
         if softcap is not None:
             scores_KGQS = softcap * jnp.tanh(scores_KGQS / softcap)
@@ -138,7 +144,7 @@ def causal_attention(
         mixed_KRH = jnp.einsum("krs,skh->krh", weights_KRS, v_SKH)
         return mixed_KRH.reshape(q_KGQH.shape).transpose(2, 0, 1, 3).reshape(q_QNH.shape)
 
-    # No query sees a later key, so a block of queries takes the keys up to its own end.
+    # No query attends to a later key, so a block of queries gets only the keys up to its end.
     ends = _block_ends(q_TNH.shape[0])
     blocks = [
         attend(q_TNH[begin:end], k_TKH[:end], v_TKH[:end], begin)
@@ -148,7 +154,7 @@ def causal_attention(
 
 
 def _block_ends(num_tokens: int) -> list[int]:
-    """Where each block of queries ends: at most four blocks, of at least 96 tokens."""
+    """Where each block of queries ends: at most `MAX_BLOCKS`, each of at least `MIN_BLOCK` tokens."""
     num_blocks = max(1, min(MAX_BLOCKS, num_tokens // MIN_BLOCK))
     return [num_tokens * (block + 1) // num_blocks for block in range(num_blocks)]
 
@@ -156,7 +162,7 @@ def _block_ends(num_tokens: int) -> list[int]:
 def _visible(
     first: int, num_queries: int, num_seen: int, window: jax.Array | int | None
 ) -> np.ndarray | jax.Array:
-    """Which keys S each query Q (the first at position `first`) sees, bool [Q, S]."""
+    """Whether query q, at position `first + q`, attends to key s, bool [Q, S]."""
     query = np.arange(first, first + num_queries, dtype=np.int32)
     distance_QS = query[:, None] - np.arange(num_seen, dtype=np.int32)[None, :]
     if window is None:

@@ -1,6 +1,6 @@
-"""The frozen description of a decoder: every number that its arithmetic depends on, and no other.
+"""The frozen description of a decoder: all that its arithmetic depends on, and nothing else.
 
-A test proves that each field changes a shape, an output or an error.
+A test checks that each field changes a shape, an output or an error.
 """
 
 import dataclasses
@@ -16,17 +16,22 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class Rope:
     """Rotary position embedding in the half-rotation layout of Hugging Face.
 
-    `kind` "default": theta only. "linear": positions divided by `factor`. "llama3": Llama 3.1's
-    rule, which divides long wavelengths by `factor`, keeps short ones, and blends in between.
-    "longrope": each frequency divided by its own number, of `short_factors` for a sequence of up to
-    `original_length` tokens and of `long_factors` for a longer one.
+    | kind | frequencies |
+    |---|---|
+    | default | from theta |
+    | linear | divided by `factor` |
+    | llama3 | Llama 3.1: long wavelengths divided by `factor`, short ones kept, a blend in between |
+    | longrope | each divided by its own factor, see below |
+
+    LongRoPE takes `short_factors` for sequences of up to `original_length` tokens, else `long_factors`.
 
     Attributes:
-        rotated_fraction: of each head's size; the rest of a head is left as it is.
-        magnitude: what cosines and sines are multiplied by.
+        rotated_fraction: share of each head that is rotated; the rest is left as it is.
+        magnitude: factor on cosines and sines.
 
     Raises:
-        ValueError: "llama3" without room between the two frequency factors to blend in.
+        ValueError: "llama3" whose low frequency factor is not below the high one; a rotated fraction
+            outside (0, 1].
     """
 
     theta: float
@@ -50,15 +55,15 @@ class Rope:
             raise ValueError(f"the rotated fraction {self.rotated_fraction} is not in (0, 1]")
 
     def rotated_size(self, head_size: int) -> int:
-        """How many of a head's entries are rotated."""
+        """How many entries of a head are rotated."""
         return int(head_size * self.rotated_fraction)
 
     def depends_on_length(self, num_tokens: int) -> bool:
-        """Whether sequences padded to `num_tokens` may differ in their frequencies."""
+        """Whether the frequencies depend on a sequence's length, if padded to `num_tokens`."""
         return self.kind == "longrope" and num_tokens > self.original_length
 
     def inverse_frequencies(self, head_size: int, *, is_long: bool = False) -> np.ndarray:
-        """Radians a position for each rotated pair, float64 [rotated size / 2]."""
+        """Radians per position of each rotated pair, float64 [rotated size / 2]."""
         size = self.rotated_size(head_size)
         frequencies = self.theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
         if self.kind == "linear":
@@ -77,9 +82,8 @@ class Rope:
     ) -> np.ndarray:
         """Cosines and sines, [2, num_tokens, rotated size / 2] of `dtype`.
 
-        In float32 the frequencies and their products with the position are rounded to float32
-        first, as transformers does it: the rounding of an angle near 1000 is worth 6e-5, which is
-        more than everything else in the forward pass together.
+        In float32, frequencies and angles are rounded to float32 first, as transformers does. Rounding
+        an angle near 1000 changes it by 6e-5, more than all other roundings of the forward pass.
         """
         frequencies = self.inverse_frequencies(head_size, is_long=is_long).astype(dtype)
         angles_TR = np.arange(num_tokens, dtype=dtype)[:, None] * frequencies[None, :]
@@ -92,8 +96,8 @@ class AttentionKind:
     """What the layers of one decoder may differ in.
 
     Attributes:
-        rope: None for positions that are not rotated.
-        window: how many tokens a token sees, itself included; None for all before it.
+        rope: None if queries and keys are not rotated.
+        window: how many tokens a token attends to, itself included; None for no limit.
     """
 
     rope: Rope | None
@@ -102,23 +106,24 @@ class AttentionKind:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What a decoder is. Sizes are counts; the defaults are those of Llama.
+    """A decoder. Sizes are counts; defaults are Llama's.
 
     Attributes:
         kinds: the kinds of attention that occur.
-        layer_kinds: each layer's place in `kinds`.
-        norm: "rms" scales by its weight w, "rms_plus_one" by 1 + w; "layer" has a mean and a bias.
+        layer_kinds: each layer's index in `kinds`.
+        norm: "rms" scales by its weight w, "rms_plus_one" by 1 + w; "layer" subtracts the mean and has
+            a bias.
         norm_placement: before attention and MLP, after them (on what they add), or both.
-        qk_norm: a norm of queries and keys, by head or over all heads together.
-        attention_scale: of the products of queries and keys; None is 1 / sqrt(head_size).
-        scale_by_depth: divide it by the layer's number, from 1.
-        attention_softcap, logit_softcap: c where x becomes c tanh(x / c).
+        qk_norm: norm of queries and keys, of each head or over all heads together.
+        attention_scale: factor on the products of queries and keys; None for 1 / sqrt(head_size).
+        scale_by_depth: also divide them by the layer's number, from 1.
+        attention_softcap, logit_softcap: c, if x becomes c tanh(x / c).
         parallel_residual: attention and MLP both read the layer's input.
-        gated_mlp: down(activation(gate(x)) up(x)); otherwise down(activation(up(x))).
-        learned_positions: a vector for each position is added to the embedding.
+        gated_mlp: down(activation(gate(x)) up(x)), else down(activation(up(x))).
+        learned_positions: a vector per position is added to the embedding.
 
     Raises:
-        ValueError: sizes that no decoder can have (a family's reader turns it into a `UserError`).
+        ValueError: sizes that no decoder can have. `families.read_config` makes it a `UserError`.
     """
 
     vocab_size: int

@@ -1,8 +1,8 @@
-"""The one decoder: layers stacked and scanned, no cache; options are fields of its config.
+"""The one decoder: stacked layers under a scan, no cache. All options are fields of its config.
 
-A forward pass takes one example; batches are `jax.vmap`'s job. Every linear map adds a tap
-(`perturb`) to its output, and its input is sown once for all projections that share it, so that
-`nnx.capture` gives the factors of each weight gradient (see `jaxgrad.gradients.factors`).
+A forward pass takes one example; `jax.vmap` makes batches. Every linear map has a tap on its output
+(`perturb`), and each input is sown once for the projections that share it. So `nnx.capture` gives both
+factors of every weight gradient (see `jaxgrad.gradients.factors`).
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from flax import nnx
 from jaxgrad.dtypes import at_least_float32
 from jaxgrad.models.attention import AttentionTables, causal_attention, layer_tables, rotate
 from jaxgrad.models.config import Activation, DecoderConfig
+from jaxgrad.projections import PROJECTION_NAMES
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -28,8 +29,13 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
-    """Where a linear map stands in the decoder: its module, and its input's module and name."""
+class ProjectionSite:
+    """Where a projection is in the decoder.
+
+    Attributes:
+        module: path of its module.
+        input: path of its sown input. Projections that share an input have the same.
+    """
 
     module: tuple[str, ...]
     input: tuple[str, ...]
@@ -40,22 +46,23 @@ class Projection:
         return self.module[0] == "layers"
 
 
-PROJECTIONS: dict[str, Projection] = {
-    "q": Projection(("layers", "attention", "q"), ("layers", "attention", "qkv_input")),
-    "k": Projection(("layers", "attention", "k"), ("layers", "attention", "qkv_input")),
-    "v": Projection(("layers", "attention", "v"), ("layers", "attention", "qkv_input")),
-    "o": Projection(("layers", "attention", "o"), ("layers", "attention", "o_input")),
-    "gate": Projection(("layers", "mlp", "gate"), ("layers", "mlp", "gate_up_input")),
-    "up": Projection(("layers", "mlp", "up"), ("layers", "mlp", "gate_up_input")),
-    "down": Projection(("layers", "mlp", "down"), ("layers", "mlp", "down_input")),
-    "lm_head": Projection(("lm_head",), ("head_input",)),
+PROJECTIONS: dict[str, ProjectionSite] = {
+    "q": ProjectionSite(("layers", "attention", "q"), ("layers", "attention", "qkv_input")),
+    "k": ProjectionSite(("layers", "attention", "k"), ("layers", "attention", "qkv_input")),
+    "v": ProjectionSite(("layers", "attention", "v"), ("layers", "attention", "qkv_input")),
+    "o": ProjectionSite(("layers", "attention", "o"), ("layers", "attention", "o_input")),
+    "gate": ProjectionSite(("layers", "mlp", "gate"), ("layers", "mlp", "gate_up_input")),
+    "up": ProjectionSite(("layers", "mlp", "up"), ("layers", "mlp", "gate_up_input")),
+    "down": ProjectionSite(("layers", "mlp", "down"), ("layers", "mlp", "down_input")),
+    "lm_head": ProjectionSite(("lm_head",), ("head_input",)),
 }
+assert tuple(PROJECTIONS) == PROJECTION_NAMES
 
 
 def projections_of(config: DecoderConfig) -> tuple[str, ...]:
-    """The projections whose weights a decoder has and that are linear maps of its own.
+    """The projections that a decoder has.
 
-    A tied head shares its weight with the embedding, whose gradient is not that of a linear map.
+    A tied head is none: its weight is the embedding's, whose gradient has another form.
     """
     absent = {"gate": not config.gated_mlp, "lm_head": config.tied_embeddings}
     return tuple(name for name in PROJECTIONS if not absent.get(name))
@@ -83,7 +90,7 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last axis, in at least float32 up to its end."""
+    """RMSNorm or LayerNorm over the last axis, computed in at least float32."""
 
     def __init__(self, width: int, config: DecoderConfig, *, stack: tuple[int, ...], dtype: Any):
         self.kind, self.epsilon = config.norm, config.norm_epsilon
@@ -106,7 +113,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections q, k, v, o around grouped-query attention."""
+    """Grouped-query attention with its projections q, k, v and o."""
 
     def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: Any):
         self.config = config
@@ -144,7 +151,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """down(activation(gate(x)) * up(x)), or without a gate down(activation(up(x)))."""
+    """down(activation(gate(x)) * up(x)); without a gate down(activation(up(x)))."""
 
     def __init__(self, config: DecoderConfig, *, stack: tuple[int, ...], dtype: Any):
         options: dict[str, Any] = {"bias": config.mlp_bias, "stack": stack, "dtype": dtype}
@@ -167,21 +174,22 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each added to the stream. Holds the weights of all layers, stacked."""
+    """Attention and MLP, each added to the residual stream. Holds the stacked weights of all layers."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any):
         self.config = config
         options: dict[str, Any] = {"stack": (config.num_layers,), "dtype": dtype}
-        before, after = config.norm_placement != "after", config.norm_placement != "before"
-        self.attention_norm = Norm(config.width, config, **options) if before else None
+        norms_inputs = config.norm_placement in ("before", "both")
+        norms_outputs = config.norm_placement in ("after", "both")
+        self.attention_norm = Norm(config.width, config, **options) if norms_inputs else None
         self.attention = Attention(config, **options)
-        self.attention_post_norm = Norm(config.width, config, **options) if after else None
-        self.mlp_norm = Norm(config.width, config, **options) if before else None
+        self.attention_post_norm = Norm(config.width, config, **options) if norms_outputs else None
+        self.mlp_norm = Norm(config.width, config, **options) if norms_inputs else None
         self.mlp = Mlp(config, **options)
-        self.mlp_post_norm = Norm(config.width, config, **options) if after else None
+        self.mlp_post_norm = Norm(config.width, config, **options) if norms_outputs else None
 
     def __call__(self, x_TD: jax.Array, tables: AttentionTables) -> jax.Array:
-        """[T, D] -> [T, D], of one layer: `Decoder` scans over the stack."""
+        """[T, D] -> [T, D], of one layer; `Decoder` scans over the stack."""
 
         def normed(norm: Norm | None, x_TD: jax.Array) -> jax.Array:
             return x_TD if norm is None else norm(x_TD)
@@ -201,7 +209,7 @@ def _scaled(x: jax.Array, factor: float) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """Embedding, scanned layers, final norm, head. Weights are zeros: a checkpoint fills them."""
+    """Embedding, scanned layers, final norm, head. Weights are zeros until a checkpoint fills them."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32):
         self.config = config
@@ -222,31 +230,31 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens_T: jax.Array, positions_S: jax.Array, num_tokens: jax.Array | None = None
     ) -> jax.Array:
-        """Logits [S, V] of the next token after each of `positions_S`; see `hidden`."""
+        """Logits [S, V] of the token that follows each of `positions_S`; see `hidden`."""
         return self.logits(self.hidden(tokens_T, positions_S, num_tokens))
 
     def hidden(
         self, tokens_T: jax.Array, positions_S: jax.Array, num_tokens: jax.Array | None = None
     ) -> jax.Array:
-        """What the head takes, [S, D]: the normed stream at `positions_S`.
+        """The head's input, [S, D]: the residual stream at `positions_S` after the final norm.
 
         Args:
-            tokens_T: token ids, int32. Padding stands on the right, where no position sees it.
+            tokens_T: token ids, int32. Padding is on the right, where no real token attends to it.
             positions_S: the positions whose logits are wanted, int32.
-            num_tokens: tokens without the padding, an int32 scalar; None for T. Read only where
-                the rope depends on it (`Rope.depends_on_length`).
+            num_tokens: tokens without padding, int32 scalar; None for T. Used only if the rope depends
+                on it (`Rope.depends_on_length`).
         """
         x_TD = self.embed(tokens_T)
-        tables, places = self.tables(x_TD, num_tokens)
+        tables, traits_L = self.tables(x_TD, num_tokens)
         scan = nnx.scan(
-            lambda layer, place, x_TD: layer(x_TD, tables(place)),
+            lambda layer, traits, x_TD: layer(x_TD, tables(traits)),
             in_axes=(0, 0, nnx.Carry),
             out_axes=nnx.Carry,
         )
-        return self.at_positions(scan(self.layers, places, x_TD), positions_S)
+        return self.at_positions(scan(self.layers, traits_L, x_TD), positions_S)
 
     def embed(self, tokens_T: jax.Array) -> jax.Array:
-        """What the first layer takes, [T, D]."""
+        """The first layer's input, [T, D]."""
         x_TD = _scaled(self.embedding[...][tokens_T], self.config.embedding_scale)
         if self.position_embedding is not None:
             x_TD = x_TD + self.position_embedding[...][: tokens_T.shape[0]]
@@ -260,11 +268,11 @@ class Decoder(nnx.Module):
         return layer_tables(self.config, x_TD.shape[0], num_tokens, dtype)
 
     def at_positions(self, x_TD: jax.Array, positions_S: jax.Array) -> jax.Array:
-        """From what the last layer gives to what the head takes, [S, D]."""
+        """The head's input [S, D] from the last layer's output [T, D]."""
         return self.final_norm(x_TD[positions_S])
 
     def logits(self, x_SD: jax.Array) -> jax.Array:
-        """Logits [S, V] from `hidden`'s rows, any number of them."""
+        """Logits [S, V] from any rows of `hidden`, [S, D]."""
         config = self.config
         if self.lm_head is None:
             logits_SV = jnp.einsum("sd,vd->sv", x_SD, self.embedding[...])
@@ -279,31 +287,31 @@ class Decoder(nnx.Module):
 
 
 def abstract_decoder(config: DecoderConfig, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure and the shapes of its weights, without allocating any."""
+    """The decoder's structure and the shapes of its weights. Allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype)))
 
 
 def named_parameters(state: nnx.State) -> dict[str, Any]:
-    """A decoder's parameters (arrays, or shapes) by name, "layers.attention.q.weight"."""
+    """A decoder's parameters (arrays or shapes) by name, such as "layers.attention.q.weight"."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def with_parameters(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
-    """A decoder's state with other arrays, by the names of `named_parameters`."""
+    """A decoder's state with these arrays, by the names of `named_parameters`."""
     flat = nnx.to_flat_state(state)
     filled = [(path, leaf.replace(arrays[".".join(map(str, path))])) for path, leaf in flat]
     return nnx.from_flat_state(filled)
 
 
 def num_parameters(config: DecoderConfig) -> int:
-    """Scalars in all weights; a tied head is the embedding and counts once."""
+    """Scalars in all weights; a tied head and its embedding count once."""
     _, state = abstract_decoder(config, jnp.float32)
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-# Cached: opening, checking and loading all ask, and each answer is a trace.
+# Cached because every call traces the decoder.
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of the decoder's parameters, "layers.attention.q.weight", stacked over layers."""
+    """Shape of every parameter by name; those of layers have a leading axis L."""
     _, abstract = abstract_decoder(config, jnp.float32)
     return {name: value.shape for name, value in named_parameters(abstract).items()}

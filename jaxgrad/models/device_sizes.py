@@ -1,4 +1,4 @@
-"""A decoder as one device of a mesh has it, on one device all of it: sizes, and what its passes keep."""
+"""Per-device sizes of a decoder, and how much of each layer the backward pass needs."""
 
 import functools
 import math
@@ -6,31 +6,31 @@ from dataclasses import dataclass
 
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import parameter_shapes
-from jaxgrad.models.sharding import ONE_DEVICE, MeshShape, device_sizes, divided
+from jaxgrad.models.sharding import ONE_DEVICE, MeshShape, divided, scalars_per_device
 
-# Arrays a layer and token that wait for the backward pass, fitted to XLA's account. Linear maps keep
-# nothing: their inputs are needed for weights' gradients only, which are not taken.
-STREAM_ARRAYS = 4  # of D: norms and what they are of
-POST_NORM_ARRAYS = 4  # of D more, where norms stand before and after
+# Arrays per layer and token that are kept for the backward pass, fitted to XLA's memory reports. Linear
+# maps keep nothing: their inputs are needed only for weight gradients, which are not taken.
+STREAM_ARRAYS = 4  # of D: norms and their inputs
+POST_NORM_ARRAYS = 4  # of D more, if there are norms before and after
 GATED_ARRAYS, PLAIN_ARRAYS = 5, 3  # of F
-QK_NORM_ARRAYS = 2  # of the queries and keys, where these are normed
-# The same where the weights are split: the compiler keeps other arrays, among them none of queries or keys.
+QK_NORM_ARRAYS = 2  # of the queries and keys, if these are normed
+# With split weights the compiler keeps other arrays, and no queries or keys.
 SPLIT_STREAM_ARRAYS, SPLIT_GATED_ARRAYS, SPLIT_PLAIN_ARRAYS = 2, 6, 4
 
 
 @dataclass(frozen=True)
 class DeviceSizes:
-    """What one device has.
+    """How much of a decoder one device holds.
 
     Attributes:
         queries: outputs of q.
         keys: outputs of k, and of v.
         heads: query heads whose scores it computes.
-        mlp: of the MLP's width.
-        vocabulary: logits of a position.
+        mlp: its share of the MLP's width.
+        vocabulary: logits per position.
         parameters: scalars of all parameters.
-        layer_parameters: of one layer's.
-        projections: projection -> (outputs, inputs) of its weight.
+        layer_parameters: scalars of one layer's.
+        projections: projection -> (outputs, inputs) of its weight, also those a decoder lacks.
     """
 
     queries: int
@@ -44,13 +44,13 @@ class DeviceSizes:
 
 
 def projection_sizes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """Projection -> (outputs, inputs) of its whole weight."""
+    """Projection -> (outputs, inputs) of its whole weight, also those that a decoder lacks."""
     return sizes_on(config, ONE_DEVICE).projections
 
 
 @functools.lru_cache(maxsize=64)
 def sizes_on(config: DecoderConfig, mesh: MeshShape) -> DeviceSizes:
-    """The sizes on a device of a mesh, which need not be there."""
+    """The sizes on one device of a mesh. The devices need not exist."""
     splits = divided(config, mesh.model)
 
     def share(total: int, is_split: bool) -> int:
@@ -59,12 +59,13 @@ def sizes_on(config: DecoderConfig, mesh: MeshShape) -> DeviceSizes:
     num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
     queries = share(num_heads * config.head_size, splits["heads"])
     keys = share(num_kv_heads * config.head_size, splits["kv_heads"])
-    # Heads that share keys are split in step with these, or each group among whole devices.
-    in_step = splits["kv_heads"] or mesh.model % num_kv_heads == 0
-    heads = share(num_heads, splits["heads"] and in_step)
+    # Query heads are split if their kv heads are split too, or if each kv head's query heads go to a
+    # whole number of devices.
+    follows_keys = splits["kv_heads"] or mesh.model % num_kv_heads == 0
+    heads = share(num_heads, splits["heads"] and follows_keys)
     mlp = share(config.mlp_width, splits["mlp"])
     vocabulary = share(config.vocab_size, splits["vocabulary"])
-    parameters = device_sizes(config, parameter_shapes(config), mesh.model)
+    parameters = scalars_per_device(config, parameter_shapes(config), mesh.model)
     of_layers = sum(size for name, size in parameters.items() if name.startswith("layers."))
     width = config.width
     return DeviceSizes(
@@ -89,14 +90,14 @@ def sizes_on(config: DecoderConfig, mesh: MeshShape) -> DeviceSizes:
 
 
 def kept_numbers(config: DecoderConfig, mesh: MeshShape) -> int:
-    """Numbers a layer and token that wait for the backward pass on a device."""
-    own, width = sizes_on(config, mesh), config.width
+    """Numbers per layer and token that a device keeps for the backward pass."""
+    sizes, width = sizes_on(config, mesh), config.width
     if mesh.model == 1:
         count = STREAM_ARRAYS * width
-        count += (GATED_ARRAYS if config.gated_mlp else PLAIN_ARRAYS) * own.mlp
-        count += own.queries + 2 * own.keys
+        count += (GATED_ARRAYS if config.gated_mlp else PLAIN_ARRAYS) * sizes.mlp
+        count += sizes.queries + 2 * sizes.keys
     else:
         count = SPLIT_STREAM_ARRAYS * width
-        count += (SPLIT_GATED_ARRAYS if config.gated_mlp else SPLIT_PLAIN_ARRAYS) * own.mlp
+        count += (SPLIT_GATED_ARRAYS if config.gated_mlp else SPLIT_PLAIN_ARRAYS) * sizes.mlp
     count += POST_NORM_ARRAYS * width * (config.norm_placement == "both")
-    return count + QK_NORM_ARRAYS * (own.queries + own.keys) * (config.qk_norm != "none")
+    return count + QK_NORM_ARRAYS * (sizes.queries + sizes.keys) * (config.qk_norm != "none")

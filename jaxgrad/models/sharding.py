@@ -1,31 +1,29 @@
-"""A mesh of this process's devices: examples over its axis "data", weights over its axis "model".
+"""Meshes of this process's devices: the axis "data" splits examples, the axis "model" splits weights.
 
-`RULES` is the one table that says which axis of which parameter is split. What does not divide by the
-devices of "model" is held whole by each of them. All rules are by name and shape: nothing here holds an
-array.
+`RULES` says which axis of which parameter is split. A parameter that does not divide by the devices of
+"model" is replicated on them. Rules go by name and shape; nothing here holds an array.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrad.errors import UserError
-
-if TYPE_CHECKING:  # `models` imports this module
-    from jaxgrad.models.config import DecoderConfig
+from jaxgrad.models.config import DecoderConfig
 
 DATA, MODEL = "data", "model"
 
-# What a parameter's axis counts, as far as it may be split.
-Part = Literal["heads", "kv_heads", "mlp", "vocabulary"]
+# What the axes count that may be split.
+SplitAxis = Literal["heads", "kv_heads", "mlp", "vocabulary"]
 
-# Parameter -> what each of its axes is split by. Outputs of q, k, v, gate and up, inputs of o and down,
-# so that a layer needs one sum over the devices behind its attention and one behind its MLP.
-RULES: dict[str, tuple[Part | None, ...]] = {
+# Parameter -> what each of its axes counts, None for those that are never split. Split are the outputs of
+# q, k, v, gate and up, and the inputs of o and down: two all-reduces per layer and pass, one after
+# attention and one after the MLP.
+RULES: dict[str, tuple[SplitAxis | None, ...]] = {
     "embedding": ("vocabulary", None),
     "position_embedding": (None, None),
     "layers.attention.q.weight": (None, "heads", None),
@@ -36,7 +34,7 @@ RULES: dict[str, tuple[Part | None, ...]] = {
     "layers.attention.v.bias": (None, "kv_heads"),
     "layers.attention.o.weight": (None, None, "heads"),
     "layers.attention.o.bias": (None, None),
-    # Over all heads together; the norm of each head by itself (`BY_HEAD`) is whole everywhere.
+    # For norms over all heads together; norms of single heads are replicated (`QK_NORM`).
     "layers.attention.q_norm.weight": (None, "heads"),
     "layers.attention.q_norm.bias": (None, "heads"),
     "layers.attention.k_norm.weight": (None, "kv_heads"),
@@ -48,15 +46,15 @@ RULES: dict[str, tuple[Part | None, ...]] = {
     "layers.mlp.down.weight": (None, None, "mlp"),
     "layers.mlp.down.bias": (None, None),
     **{
-        f"layers.{place}_norm.{name}": (None, None)
-        for place in ("attention", "attention_post", "mlp", "mlp_post")
+        f"layers.{norm}_norm.{name}": (None, None)
+        for norm in ("attention", "attention_post", "mlp", "mlp_post")
         for name in ("weight", "bias")
     },
     "final_norm.weight": (None,),
     "final_norm.bias": (None,),
     "lm_head.weight": ("vocabulary", None),
 }
-BY_HEAD = re.compile(r"layers\.attention\.[qk]_norm\.")
+QK_NORM = re.compile(r"layers\.attention\.[qk]_norm\.")
 
 
 class MeshShape(NamedTuple):
@@ -67,14 +65,14 @@ class MeshShape(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """All of them."""
+        """Devices of the whole mesh."""
         return self.data * self.model
 
     def __str__(self) -> str:
         return f"{self.data}x{self.model}"
 
     def rows(self, num_examples: int) -> int:
-        """Examples that one device has of a batch; the last devices may have padding among them."""
+        """Examples per device of a batch, rounded up: the last devices may get padding."""
         return -(-num_examples // self.data)
 
 
@@ -82,10 +80,10 @@ ONE_DEVICE = MeshShape()
 
 
 def parse_mesh(text: str) -> MeshShape | None:
-    """The shape that --mesh asks for; None for "auto".
+    """The mesh shape that --mesh asks for; None for "auto".
 
     Raises:
-        UserError: neither "auto" nor DxM with positive numbers.
+        UserError: it is neither "auto" nor DxM with positive numbers.
     """
     if text == "auto":
         return None
@@ -113,7 +111,7 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
         )
     if shape == ONE_DEVICE:
         return None
-    # Auto: the compiler splits the passes, from the shardings of parameters and batch.
+    # Auto axes: the compiler splits the passes by the shardings of parameters and batch.
     return jax.make_mesh(
         shape,
         (DATA, MODEL),
@@ -127,19 +125,19 @@ def shape_of(mesh: Mesh | None) -> MeshShape:
     return ONE_DEVICE if mesh is None else MeshShape(mesh.shape[DATA], mesh.shape[MODEL])
 
 
-def divided(config: "DecoderConfig", num_model: int) -> dict[Part, bool]:
-    """Whether each part of a decoder divides by the devices of "model"."""
-    counts: dict[Part, int] = {
+def divided(config: DecoderConfig, num_model: int) -> dict[SplitAxis, bool]:
+    """Whether the size of each splittable axis divides by the devices of "model"."""
+    counts: dict[SplitAxis, int] = {
         "heads": config.num_heads,
         "kv_heads": config.num_kv_heads,
         "mlp": config.mlp_width,
         "vocabulary": config.vocab_size,
     }
-    return {part: count % num_model == 0 for part, count in counts.items()}
+    return {axis: count % num_model == 0 for axis, count in counts.items()}
 
 
-def check_mesh(config: "DecoderConfig", shape: MeshShape) -> None:
-    """Raise a `UserError` where no weight of the model divides by the devices of "model"."""
+def check_mesh(config: DecoderConfig, shape: MeshShape) -> None:
+    """Raise a `UserError` if no weight of the model divides by the devices of "model"."""
     if not any(divided(config, shape.model).values()):
         raise UserError(
             f"--mesh={shape}: neither the {config.num_heads} attention heads nor the MLP's width "
@@ -148,15 +146,15 @@ def check_mesh(config: "DecoderConfig", shape: MeshShape) -> None:
         )
 
 
-def replicated_line(config: "DecoderConfig", shape: MeshShape) -> str | None:
-    """What every device of "model" holds whole because it does not divide; None where all divides."""
-    words: dict[Part, str] = {
+def replicated_line(config: DecoderConfig, shape: MeshShape) -> str | None:
+    """A line that names what is replicated because it does not divide; None if all divides."""
+    words: dict[SplitAxis, str] = {
         "heads": f"{config.num_heads} attention heads",
         "kv_heads": f"{config.num_kv_heads} kv heads",
         "mlp": f"the MLP's width {config.mlp_width}",
         "vocabulary": f"the vocabulary of {config.vocab_size}",
     }
-    whole = [words[part] for part, divides in divided(config, shape.model).items() if not divides]
+    whole = [words[axis] for axis, divides in divided(config, shape.model).items() if not divides]
     if not whole:
         return None
     return (
@@ -165,7 +163,7 @@ def replicated_line(config: "DecoderConfig", shape: MeshShape) -> str | None:
 
 
 def parameter_specs(
-    config: "DecoderConfig", names: Mapping[str, object], num_model: int
+    config: DecoderConfig, names: Mapping[str, object], num_model: int
 ) -> dict[str, PartitionSpec]:
     """How each parameter is split.
 
@@ -175,30 +173,30 @@ def parameter_specs(
         num_model: devices along "model".
 
     Raises:
-        KeyError: a parameter that the table does not know.
+        KeyError: `RULES` has no such parameter.
     """
     splits = divided(config, num_model)
 
     def spec(name: str) -> PartitionSpec:
-        parts = RULES[name]
-        if num_model == 1 or (config.qk_norm == "head" and BY_HEAD.match(name)):
+        rule = RULES[name]
+        if num_model == 1 or (config.qk_norm == "head" and QK_NORM.match(name)):
             return PartitionSpec()
-        axes = [MODEL if part is not None and splits[part] else None for part in parts]
+        axes = [MODEL if axis is not None and splits[axis] else None for axis in rule]
         return PartitionSpec(*axes) if MODEL in axes else PartitionSpec()
 
     return {name: spec(name) for name in names}
 
 
 def parameter_shardings(
-    config: "DecoderConfig", names: Mapping[str, object], mesh: Mesh
+    config: DecoderConfig, names: Mapping[str, object], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-    """Where each parameter lies on a mesh; see `parameter_specs`."""
+    """Each parameter's sharding on a mesh; see `parameter_specs`."""
     specs = parameter_specs(config, names, shape_of(mesh).model)
     return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
-def device_sizes(
-    config: "DecoderConfig", shapes: Mapping[str, tuple[int, ...]], num_model: int
+def scalars_per_device(
+    config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], num_model: int
 ) -> dict[str, int]:
     """Scalars of each parameter that one device holds."""
     specs = parameter_specs(config, shapes, num_model)
@@ -209,6 +207,6 @@ def device_sizes(
 
 
 def bytes_on_a_device(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array, or of one that is yet to be made, on one of its devices."""
+    """Bytes of an array, or of one that is planned, on each of its devices."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize

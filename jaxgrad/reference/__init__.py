@@ -1,8 +1,8 @@
-"""The same measurement in PyTorch and transformers, for comparison only; imported by nothing else.
+"""The same measurement in PyTorch and transformers, for comparison only. No other folder imports it.
 
-`torch_procedure` is the authors' procedure as they run it, one example and one full SVD at a time,
-in code that shares nothing with ours but the records, the tokenizer and the results' columns.
-`compare` holds two sets of results against each other. Both need `pip install '.[reference]'`.
+`torch_procedure` is the authors' procedure: one example and one full SVD at a time. It shares with jaxgrad
+only the records, the tokenizer, the names of projections and the columns of results. `compare` compares two
+sets of results. Needs `pip install '.[reference]'`.
 """
 
 from jaxgrad.reference.compare import (

@@ -1,14 +1,14 @@
-"""Two sets of results held against each other, statistic by statistic.
+"""Compares two sets of results, statistic by statistic.
 
 | statistic | difference is relative to |
 |---|---|
 | loss, nuclear_norm, sigma_max, frobenius_norm, effective_rank | the reference's value |
-| entry_max, entry_min (where asked for) | the reference's value |
-| entry_mean | frobenius_norm / sqrt(rows cols), the root mean square of the entries |
+| entry_max, entry_min (if measured) | the reference's value |
+| entry_mean | frobenius_norm / sqrt(rows * cols), the root mean square of the entries |
 
-The mean of the entries is a sum of positive and negative ones and may cancel to nothing, so its own
-value is no measure for its error; the size of the entries is. `sigma_min`, `rank_bound` and the
-condition number are not compared: below full rank they hang on the noise that a full SVD prints.
+The entries have both signs, so their mean may be close to zero. Its error is measured by the size of the
+entries instead. `sigma_min`, `rank_bound` and `condition_number` are not compared: below full rank they
+depend on the rounding noise of a full SVD.
 """
 
 import math
@@ -24,35 +24,38 @@ from jaxgrad.data.examples import Example
 from jaxgrad.data.tokens import TokenizedExample, tokenize_all
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.pipeline import analyze
-from jaxgrad.projections import ATTENTION, HEAD
+from jaxgrad.projections import HEAD
 from jaxgrad.reference.torch_procedure import (
     Encoding,
     encode_example,
     load_torch_model,
     measure_in_torch,
 )
-from jaxgrad.results import ExampleResult
+from jaxgrad.reference.weights import llama_name
+from jaxgrad.results import ExampleResult, columns
 
-EXTREMES = ("entry_max", "entry_min")
+_EXTREMES = tuple(column.name for column in columns.EXTREMES)
 STATISTICS = (
     "nuclear_norm",
     "sigma_max",
     "frobenius_norm",
     "effective_rank",
     "entry_mean",
-    *EXTREMES,
+    *_EXTREMES,
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One line of a comparison.
+    """How far two sets of results differ in one statistic.
 
     Attributes:
         statistic: a column's name.
-        count: values compared.
-        largest, median: relative differences; infinite where one side alone is undefined.
-        example_index, weight: where the largest is; the weight is None for the loss.
+        count: how many values were compared.
+        largest: the largest relative difference; infinite if a value is undefined on one side only.
+        median: the median of the relative differences.
+        example_index: the example with the largest difference.
+        weight: the weight with the largest difference; None for the loss.
     """
 
     statistic: str
@@ -64,14 +67,14 @@ class Difference:
 
     @property
     def where(self) -> str:
-        """The place of the largest difference in words."""
+        """Where the largest difference is, in words."""
         example = f"example {self.example_index}"
         return example if self.weight is None else f"{example}, {self.weight}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two sets of results are apart."""
+    """How far two sets of results differ, by statistic."""
 
     differences: tuple[Difference, ...]
 
@@ -80,12 +83,8 @@ class Comparison:
 
     def beyond(self, tolerances: Mapping[str, float]) -> list[Difference]:
         """The statistics whose largest difference exceeds their tolerance."""
-        # `not <=`: a NaN is beyond any tolerance.
+        # `not <=` instead of `>`: a NaN exceeds every tolerance.
         return [d for d in self.differences if not d.largest <= tolerances[d.statistic]]
-
-    def within(self, tolerances: Mapping[str, float]) -> bool:
-        """Whether every statistic keeps its tolerance."""
-        return not self.beyond(tolerances)
 
     def table(self, tolerances: Mapping[str, float] | None = None) -> str:
         """The differences as aligned text, with the tolerances if they are given."""
@@ -108,9 +107,16 @@ class Comparison:
 def default_tolerances(dtype: str, tolerance: float | None = None) -> dict[str, float]:
     """Statistic -> the relative difference that two correct programs may have.
 
-    In float32 (1e-4): the loss is held to a tenth, and the effective rank is allowed five times as
-    much, because PyTorch counts the rounding noise of the values that are exactly zero. In float64
-    (1e-8): no exceptions.
+    | dtype | default tolerance | exceptions |
+    |---|---|---|
+    | float32 | 1e-4 | the loss a tenth of it; the effective rank five times, see below |
+    | float64 | 1e-8 | none |
+
+    Singular values that should be zero are rounding noise in PyTorch. Its effective rank counts them.
+
+    Args:
+        dtype: "float32" or "float64".
+        tolerance: in place of the default.
     """
     if dtype == "float64":
         return dict.fromkeys(("loss", *STATISTICS), 1e-8 if tolerance is None else tolerance)
@@ -132,14 +138,14 @@ def compare_with_torch(
     Args:
         model_path: as `load_model` takes it.
         examples: from `read_examples`.
-        options: of both sides; `options.dtype` is the one both compute in.
-        wide_loss: whether PyTorch's cross entropy is taken in float64 (see `torch_procedure`).
+        options: of both sides. Both compute in `options.dtype`.
+        wide_loss: take PyTorch's cross entropy in float64 (see `torch_procedure`).
         say: takes the lines for the user.
         progress: show a bar on stderr.
 
     Raises:
         UserError: any bad input, in one line.
-        ValueError: the two sides read an example as different tokens.
+        ValueError: the two sides give an example different tokens.
     """
     ours_model = load_model(model_path, dtype=options.dtype)
     tokenizer = ours_model.tokenizer
@@ -164,10 +170,10 @@ def compare_with_torch(
 
 
 def check_tokens(ours: TokenizedExample, reference: Encoding) -> None:
-    """Raise unless both sides measure the same tokens.
+    """Raises unless both sides measure the same tokens.
 
     Raises:
-        ValueError: they do not; says which example, and where.
+        ValueError: they do not. The message names the example and the token.
     """
     example = f"example {ours.example.index}"
     pairs = zip(ours.token_ids.tolist(), reference.token_ids, strict=False)
@@ -185,11 +191,11 @@ def check_tokens(ours: TokenizedExample, reference: Encoding) -> None:
 def compare_results(
     results: Sequence[ExampleResult], reference: Sequence[ExampleResult]
 ) -> Comparison:
-    """Relative differences over all examples and matrices; the statistics that both sides have.
+    """The relative differences over all examples and matrices.
 
     Args:
-        results: one row an example, in any order.
-        reference: the same examples; differences are relative to its values.
+        results: one for each example, in any order.
+        reference: of the same examples. Differences are relative to its values.
 
     Raises:
         ValueError: nothing was measured, or the two sides hold different examples or matrices.
@@ -205,9 +211,9 @@ def compare_results(
     if not found:
         raise ValueError("none of the examples was measured")
     differences = []
-    for statistic, places in found.items():
-        values = [difference for difference, _, _ in places]
-        largest, example, weight = places[int(np.argmax(values))]
+    for statistic, triples in found.items():
+        values = [difference for difference, _, _ in triples]
+        largest, example, weight = triples[int(np.argmax(values))]
         median = float(np.median(values))
         differences.append(Difference(statistic, len(values), largest, median, example, weight))
     return Comparison(tuple(differences))
@@ -220,32 +226,28 @@ def _differences(
         return
     yield "loss", None, _relative(mine.loss, theirs.loss, theirs.loss)
     if not (mine.matrices and theirs.matrices):
-        return  # not measured or not finite: where that is so on one side alone, the loss tells
-    names = [_weight_name(row.matrices) for row in (mine, theirs)]
+        return  # not measured or not finite. If that is so on one side only, the loss shows it.
+    names = [_weight_names(row.matrices) for row in (mine, theirs)]
     if names[0] != names[1]:
         raise ValueError(f"example {mine.example_index}: the two sides hold different matrices")
-    columns = theirs.matrices
+    expected_columns = theirs.matrices
     for statistic in STATISTICS:
         for position, weight in enumerate(names[1]):
             value, expected = (side.matrices[statistic][position] for side in (mine, theirs))
-            if _undefined(value) and _undefined(expected) and statistic in EXTREMES:
-                continue  # not asked for
+            if _undefined(value) and _undefined(expected) and statistic in _EXTREMES:
+                continue  # not measured
             unit = expected
             if statistic == "entry_mean":
-                size = columns["rows"][position] * columns["cols"][position]
-                unit = columns["frobenius_norm"][position] / math.sqrt(size)
+                size = expected_columns["rows"][position] * expected_columns["cols"][position]
+                unit = expected_columns["frobenius_norm"][position] / math.sqrt(size)
             yield statistic, weight, _relative(value, expected, unit)
 
 
-def _weight_name(matrices: Mapping[str, Any]) -> list[str]:
-    names = []
-    for projection, layer in zip(matrices["projection"], matrices["layer"], strict=True):
-        if projection == HEAD:
-            names.append("lm_head.weight")
-            continue
-        block = "self_attn" if projection in ATTENTION else "mlp"
-        names.append(f"model.layers.{int(layer)}.{block}.{projection}_proj.weight")
-    return names
+def _weight_names(matrices: Mapping[str, Any]) -> list[str]:
+    return [
+        llama_name(projection, None if projection == HEAD else int(layer))
+        for projection, layer in zip(matrices["projection"], matrices["layer"], strict=True)
+    ]
 
 
 def _undefined(value: float | None) -> bool:

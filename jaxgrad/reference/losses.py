@@ -1,4 +1,4 @@
-"""The losses that --loss can name, in PyTorch: formulas of their own, not those of `gradients.loss`."""
+"""The losses of --loss in PyTorch, written independently of `gradients.loss`."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 from jaxgrad.errors import UserError
 
-IGNORED_LABEL = -100  # PyTorch's cross entropy leaves these out
+IGNORED_LABEL = -100  # PyTorch's cross entropy skips these
 
 
 def _response_mean(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def _response_sum(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tens
     )
 
 
-# Name -> (logits of every position, the token after it or `IGNORED_LABEL`) -> scalar.
+# Name -> function of each position's logits and of the token after it (or `IGNORED_LABEL`) -> scalar.
 TORCH_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "response_mean": _response_mean,
     "response_sum": _response_sum,
@@ -30,7 +30,7 @@ def torch_loss(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     """The loss of that name.
 
     Raises:
-        UserError: the reference has none.
+        UserError: there is none here.
     """
     if name not in TORCH_LOSSES:
         raise UserError(

@@ -1,16 +1,17 @@
-r"""The authors' procedure in PyTorch: one example at a time, each weight's gradient, its full SVD.
+"""The authors' procedure in PyTorch: one example at a time, each weight's gradient, its full SVD.
 
-Written from the paper's protocol and not from our own stages, so that an error of ours has no twin
-here: the model is transformers' own (a GGUF file goes through transformers' own reader, too, where
-that takes in all that the file says: plain Llama), the prompt is masked by labels, and autograd gives
-the gradients by the weights themselves.
+Written from the paper's protocol, not from our stages, so that an error there is not repeated here. The
+model is transformers' own, labels mask the prompt, and autograd gives the weights' own gradients.
+transformers also reads GGUF files, if its reader takes in all that the file says (plain Llama).
 
-One thing is better than the authors had it: the cross entropy is taken in float64. PyTorch's
-float32 kernel on the CPU sums exp(logit) over the vocabulary with a bias, which at 49152 tokens
-lowers the loss by 5e-6 of its value and moves a sigma_1 by up to 2e-4, ten times more than all
-other rounding (SmolLM2-135M, AQuA, against the model in float64). It would hide errors of ours.
-`wide_loss=False` takes it as the authors had it. And the singular values come without vectors, where the
-authors' call takes both full sets of them for nothing; `decomposition="svd"` takes them, too.
+Two things differ from the authors' code:
+
+- The cross entropy is taken in float64. PyTorch's float32 kernel on the CPU sums exp(logit) over the
+  vocabulary with a bias. At 49152 tokens it lowers the loss by 5e-6 of its value and moves a sigma_1 by up
+  to 2e-4, ten times more than all other rounding (SmolLM2-135M, AQuA, against the model in float64). It
+  would hide errors of ours. `wide_loss=False` takes it as the authors had it.
+- Only singular values are computed. The authors' call also takes both full sets of singular vectors and
+  drops them; `decomposition="svd"` does the same.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402
 
 Decomposition = Literal["svdvals", "svd"]
 
-UNDEFINED_BELOW = 1e-12  # a nuclear norm below has no effective rank
+UNDEFINED_BELOW = 1e-12  # with a nuclear norm below this there is no effective rank
 
 
 class Encoding(NamedTuple):
@@ -54,9 +55,9 @@ class Encoding(NamedTuple):
 
     Attributes:
         token_ids: after truncation.
-        num_prompt_tokens: tokens in front whose labels are masked; the first always is.
+        num_prompt_tokens: how many leading tokens have masked labels, at least one.
         truncated: whether tokens were cut off.
-        reason: why the example is not measured, None if it is.
+        reason: why the example is not measured; None if it is.
     """
 
     token_ids: list[int]
@@ -73,17 +74,17 @@ def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
         dtype: "float32" or "float64".
 
     Raises:
-        UserError: no such model, or a package for reading it is missing.
+        UserError: there is no such model, or a package for reading it is missing.
     """
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(model_path).path
     if SavedDecoder.is_one(path):
         raise UserError(
-            f"--model_path {path} is a converted checkpoint, which PyTorch cannot read; give what it "
-            "was converted from"
+            f"--model_path {path} is a converted checkpoint, which PyTorch cannot read; give the "
+            "model that it was converted from"
         )
-    # `trust_remote_code` is never given, so no code from the model's directory runs.
+    # Without `trust_remote_code` no code from the model's directory runs.
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "attn_implementation": "eager",
@@ -107,10 +108,10 @@ def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
 
 
 def _transformers_reads(file: GgufFile) -> bool:
-    """Whether transformers' own reader of GGUF files takes in all that the file says.
+    """Whether transformers' own GGUF reader takes in all that the file says.
 
-    Of Llama files it does not read scaled ropes and biases; of the other architectures' it leaves out
-    soft caps and query scales, or cannot load them at all.
+    It does not read scaled ropes and biases of Llama files. Of other architectures it leaves out soft caps
+    and query scales, or cannot load them at all.
     """
     attributes = file.hf_config().keys()
     return file.architecture == "llama" and not attributes & {
@@ -121,7 +122,7 @@ def _transformers_reads(file: GgufFile) -> bool:
 
 
 def _build_from_gguf(file: GgufFile) -> Any:
-    """transformers' model with the config and the weights that our own reader finds."""
+    """transformers' model with the config and weights that our own GGUF reader finds."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     raw = file.hf_config()
@@ -139,12 +140,11 @@ def _build_from_gguf(file: GgufFile) -> Any:
 
 @contextlib.contextmanager
 def float32_means_float64() -> Iterator[None]:
-    """While it lasts, `torch.float32`, `torch.float` and `Tensor.float()` mean double precision.
+    """Inside the block `torch.float32`, `torch.float` and `Tensor.float()` mean double precision.
 
-    transformers' models name float32 where they mean "at least float32": the mean square of a norm,
-    the softmax, the rotary frequencies and angles. In a bfloat16 model that is an upcast; after
-    `model.double()` it is a downcast, and the results are good to 1e-7 only. Whatever Python code
-    reads those names meanwhile sees the double; PyTorch's own kernels do not read them.
+    transformers' models say float32 and mean "at least float32": for the mean square of a norm, the
+    softmax, the rotary frequencies and angles. After `model.double()` this rounds down, and the results
+    are accurate to 1e-7 only. All Python code sees the changed names; PyTorch's kernels do not read them.
     """
     with (
         mock.patch.object(torch, "float32", torch.float64),
@@ -158,7 +158,7 @@ def _to_double(model: Any) -> None:
     model.double()
     with float32_means_float64():
         for module in model.modules():
-            # What was computed in float32 is not mended by `double()`.
+            # These were computed in float32. `double()` does not make them more accurate.
             if type(module).__name__.endswith("RotaryEmbedding"):
                 module.__init__(module.config)
             elif hasattr(module, "scalar_embed_scale"):
@@ -168,8 +168,8 @@ def _to_double(model: Any) -> None:
 def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) -> Encoding:
     """Token ids and the prompt's length by the options' protocol.
 
-    `paper` is written out here a second time, from the paper's description; `clean` is our own
-    invention, so it is taken from `jaxgrad.data.tokens`.
+    `paper` is written here a second time, from the paper's description. `clean` is our own protocol, so it
+    is taken from `jaxgrad.data.tokens`.
 
     Raises:
         UserError: see `jaxgrad.data.tokens.tokenize`.
@@ -206,14 +206,14 @@ def _chat_prompt(example: Example, tokenizer: Any, date: str | None) -> str:
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     if date is not None:
         day = datetime.datetime.fromisoformat(date)
-        # Every use in the template, as if transformers had been asked on that day.
+        # Each use in the template prints that day, as if it were today.
         options["chat_template"] = re.sub(
             r"""strftime_now\((["'])(.+?)\1\)""",
             lambda use: repr(day.strftime(use[2])),
             tokenizer.get_chat_template(),
         )
     if turns[0]["role"] != "system":
-        # A template that knows no system role raises: then the user's turn stands alone.
+        # A template without a system role raises. Then there is only the user's turn.
         with contextlib.suppress(jinja2.TemplateError):
             return tokenizer.apply_chat_template([system, *turns], **options)
     return tokenizer.apply_chat_template(turns, **options)
@@ -231,20 +231,20 @@ def measure_in_torch(
     """The authors' loop.
 
     Args:
-        model: from `load_torch_model`; its dtype and device are those computed in.
+        model: from `load_torch_model`. Computes in its dtype, on its device.
         tokenizer: a `transformers` tokenizer.
         examples: from `read_examples`.
-        options: protocol, chat, max_length, parameters, spectrum and extremes are read.
-        wide_loss: whether the cross entropy is taken in float64 (see the module's docstring).
+        options: protocol, chat, max_length, date, parameters, spectrum, extremes and loss are read.
+        wide_loss: take the cross entropy in float64 (see the module's docstring).
         decomposition: "svdvals", or "svd" as the authors called it, with its defaults.
 
     Yields:
-        One result an example, in order, with the columns of `jaxgrad.results.columns` but for those
-        that no SVD gives (rank_bound) or that its noise would decide (condition_number).
-        `sigma_min` is what the SVD prints: noise where the rank is below full.
+        One result for each example, in order, with the columns of `jaxgrad.results.columns` except
+        rank_bound, which no SVD gives, and condition_number, which would be noise. `sigma_min` is what the
+        SVD gives: noise if the rank is not full.
 
     Raises:
-        UserError: an example that cannot be encoded.
+        UserError: an example cannot be encoded.
     """
     weights = differentiate_by(model, options.parameters)
     for example in examples:
@@ -257,13 +257,13 @@ def measure_in_torch(
         if math.isfinite(loss) and all(finite):
             described = _describe(weights, options, decomposition)
             yield _result(example, encoding, "ok", None, loss, described)
-        else:  # an SVD of NaN is an error in PyTorch
+        else:  # PyTorch's SVD raises on a NaN
             reason = f"loss is {loss}, {finite.count(False)} gradients are not finite"
             yield _result(example, encoding, "non_finite", reason, None, {})
 
 
 def differentiate_by(model: Any, parameters: str) -> list[Weight]:
-    """The weights that `parameters` names, which alone will get gradients."""
+    """Selects the weights that `parameters` names. Only these get gradients in `backward`."""
     weights = select_weights(model, parameters)
     model.requires_grad_(False)
     for weight in weights:
@@ -274,7 +274,19 @@ def differentiate_by(model: Any, parameters: str) -> list[Weight]:
 def backward(
     model: Any, encoding: Encoding, *, wide_loss: bool = True, loss: str = "response_mean"
 ) -> float:
-    """Forward and backward of one example: its loss, and gradients where `differentiate_by` wants them."""
+    """Forward and backward pass of one example.
+
+    Gradients are left in the parameters that `differentiate_by` selected.
+
+    Args:
+        model: from `load_torch_model`.
+        encoding: from `encode_example`.
+        wide_loss: take the cross entropy in float64 (see the module's docstring).
+        loss: a name in `TORCH_LOSSES`.
+
+    Returns:
+        The loss.
+    """
     input_ids = torch.tensor([encoding.token_ids], device=model.device)
     labels = input_ids.clone()
     labels[:, : encoding.num_prompt_tokens] = IGNORED_LABEL
@@ -309,7 +321,7 @@ def _describe(
 def _statistics(
     gradient: torch.Tensor, options: AnalyzeOptions, decomposition: Decomposition
 ) -> dict[str, Any]:
-    # The SVD in the model's dtype; the sums over its values in float64, so that they add no error.
+    # The SVD in the model's dtype. The sums over its values in float64, so that they add no error.
     if gradient.dtype == torch.bfloat16:  # which has no SVD
         gradient = gradient.to(torch.float32)
     if decomposition == "svd":

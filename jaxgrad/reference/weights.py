@@ -1,7 +1,7 @@
-"""Which parameter of a transformers model a measured weight stands in, for every family.
+"""Which parameter of a transformers model holds a measured weight, for every family.
 
-Written from transformers' modeling code and not from our own key tables, so that an error of ours
-has no twin here. Names are Llama's for all families, as in the results.
+Written from transformers' modeling code, not from our key tables, so that an error there is not repeated
+here. Names are Llama's for all families, as in the results.
 """
 
 import re
@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jaxgrad.projections import ATTENTION, HEAD, MLP, PROJECTION_NAMES
+from jaxgrad.gradients.selection import GROUPS
+from jaxgrad.projections import ATTENTION, HEAD, MLP, MatrixAddress
 
 _LAYER_WEIGHT = re.compile(
     r"(?:model|language_model|gpt_neox|transformer)\.(?:layers|h)\.(\d+)\.(.+)\.weight"
 )
+_OWN_WEIGHT = re.compile(rf"(?:self_attn|mlp)\.({'|'.join((*ATTENTION, *MLP))})_proj")
 Part = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -23,11 +25,12 @@ class Weight(NamedTuple):
     """One measured weight.
 
     Attributes:
-        name: Llama's name for it; `parameter_name` is the model's own.
-        projection: q, k, v, o, gate, up, down or lm_head.
-        layer: None for lm_head.
-        parameter: the `nn.Parameter` that holds it, perhaps with others.
-        part: the parameter, or its gradient -> this weight's, outputs first.
+        name: Llama's name for it.
+        parameter_name: the model's own name of the parameter that holds it.
+        projection: one of `PROJECTION_NAMES`.
+        layer: from 0; None for lm_head.
+        parameter: the `nn.Parameter` that holds it, alone or with others.
+        part: takes this weight out of the parameter or its gradient, as [outputs, inputs].
     """
 
     name: str
@@ -42,30 +45,35 @@ class Weight(NamedTuple):
         return self.part(self.parameter.grad)
 
 
+def llama_name(projection: str, layer: int | None) -> str:
+    """Llama's name for a weight."""
+    if projection == HEAD:
+        return f"{HEAD}.weight"
+    block = "self_attn" if projection in ATTENTION else "mlp"
+    return f"model.layers.{layer}.{block}.{projection}_proj.weight"
+
+
 def select_weights(model: Any, parameters: str) -> list[Weight]:
     """The weights that `--parameters` names, in the order of the results' matrices table."""
-    groups = {"attention": ATTENTION, "mlp": MLP, "all": PROJECTION_NAMES}
     config = model.config.get_text_config()
     weights = []
     for name, parameter in model.named_parameters():  # a tied head is not among them
         match = _LAYER_WEIGHT.search(name)
         if match and "vision" not in name:
             for projection, part in _parts(match[2], config).items():
-                block = "self_attn" if projection in ATTENTION else "mlp"
-                llama = f"model.layers.{match[1]}.{block}.{projection}_proj.weight"
-                weights.append(Weight(llama, name, projection, int(match[1]), parameter, part))
-        elif name == "lm_head.weight":
+                layer = int(match[1])
+                llama = llama_name(projection, layer)
+                weights.append(Weight(llama, name, projection, layer, parameter, part))
+        elif name == llama_name(HEAD, None):
             weights.append(Weight(name, name, HEAD, None, parameter, _whole))
 
     def wanted(weight: Weight) -> bool:
-        if parameters in groups:
-            return weight.projection in groups[parameters]
+        if parameters in GROUPS:
+            return weight.projection in GROUPS[parameters]
         return re.search(parameters, weight.name) is not None
 
-    def order(weight: Weight) -> tuple[bool, int, int]:
-        if weight.layer is None:
-            return True, 0, 0
-        return False, weight.layer, PROJECTION_NAMES.index(weight.projection)
+    def order(weight: Weight) -> tuple:
+        return MatrixAddress(weight.layer, weight.projection).order
 
     return sorted(filter(wanted, weights), key=order)
 
@@ -79,18 +87,18 @@ def _rows(begin: int, end: int | None, values: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(begin: int, end: int | None, values: torch.Tensor) -> torch.Tensor:
-    """Of a Conv1D, which stores [inputs, outputs]."""
+    """Columns of a Conv1D's weight, which is stored as [inputs, outputs]."""
     return values[:, begin:end].T
 
 
 def _by_head(which: int, num_heads: int, values: torch.Tensor) -> torch.Tensor:
-    """GPT-NeoX: the outputs are (head, one of q k v, entry)."""
+    """One of q, k, v in GPT-NeoX, whose outputs are ordered (head, one of q k v, entry)."""
     return values.view(num_heads, 3, -1, values.shape[-1])[:, which].flatten(0, 1)
 
 
 def _parts(module: str, config: Any) -> dict[str, Part]:
-    """The projections in one of a layer's weights; none for norms."""
-    match = re.fullmatch(r"(?:self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj", module)
+    """Projection -> its part, for one of a layer's weights; empty for norms."""
+    match = _OWN_WEIGHT.fullmatch(module)
     if match:
         return {match[1]: _whole}
     if module == "self_attn.qkv_proj":

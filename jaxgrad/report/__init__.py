@@ -1,6 +1,9 @@
-"""Report: what a study says, as tables, figures and one HTML page. Starts where `results` ends.
+"""Report: finished runs as tables, findings in words, figures and one HTML page. No JAX.
 
-runs with roles (cells) -> every comparison (comparisons) -> tables, findings, figures, page (build)
+    runs with roles (cells) -> numbers (comparisons) -> tables, findings, figures, page (build)
+
+`analysis.statistics` declares what a report can show. `style` says how projections look and what losses are
+called.
 """
 
 from jaxgrad.report.build import read_y_limits, write_report

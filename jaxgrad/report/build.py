@@ -1,4 +1,4 @@
-"""Wires a report: cells -> comparisons -> tables, findings, figures and the page, into a directory."""
+"""Writes a report into a directory: cells -> comparisons -> tables, findings, figures and the page."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from jaxgrad.analysis import Resampling, check_comparable
 from jaxgrad.errors import UserError
+from jaxgrad.report.all_tables import all_tables
 from jaxgrad.report.cells import Cell, check_distinct
-from jaxgrad.report.comparisons import Study, compare_all, wanted_pairs
+from jaxgrad.report.comparisons import Report, compare_all, wanted_pairs, wanted_statistics
 from jaxgrad.report.figures import YLimits, write_figures
 from jaxgrad.report.findings import Finding, findings
 from jaxgrad.report.page import write_page
-from jaxgrad.report.study_tables import study_tables
 from jaxgrad.report.tables import Table, as_csv, as_latex, as_markdown
 from jaxgrad.results.urls import local_path
 
@@ -29,6 +29,7 @@ def write_report(
     about: str = "",
     model_pairs: Sequence[tuple[str, str]] = (),
     unavailable: Mapping[str, str] | None = None,
+    statistics: Sequence[str] = (),
     resampling: Resampling = Resampling(),
     y_limits: YLimits = "shared",
     progress: bool = False,
@@ -43,7 +44,8 @@ def write_report(
     | figures/NAME.svg, .png | each figure |
     | report.json | the list of these files |
 
-    It is made beside its place and moved there whole; files of an earlier report are replaced.
+    It is made in a directory beside `output_dir` and moved there when it is whole. Files of an earlier
+    report are replaced.
 
     Args:
         cells: Runs with distinct roles.
@@ -52,6 +54,7 @@ def write_report(
         about: What was asked.
         model_pairs: (base, instruction-tuned) names of models.
         unavailable: What was asked for and is not among the cells -> why.
+        statistics: Names of statistics besides the default ones, or of columns of the runs' files.
         resampling: See there.
         y_limits: See `write_figures`.
         progress: Show bars on stderr.
@@ -60,29 +63,31 @@ def write_report(
         The path of index.html.
 
     Raises:
-        UserError: No cell, two cells of one role, two cells to compare whose runs cannot be compared,
-            or a directory that holds something else.
+        UserError: No cell, two cells of one role, runs that cannot be compared or are of different
+            losses, no such statistic, or a directory that holds something else.
     """
     output_dir = local_path(output_dir)
     if not cells:
         raise UserError("There is no run to report on. Give at least one.")
     check_distinct([cell.role for cell in cells])
+    wanted_statistics(cells, statistics)
     for kind, first, second in wanted_pairs(cells, model_pairs):
         check_comparable(first.examples, second.examples, same_model=kind != "model")
     earlier = _earlier_files(output_dir)
-    study = compare_all(
+    report = compare_all(
         cells,
         title=title,
         about=about,
         model_pairs=model_pairs,
         unavailable=unavailable,
+        statistics=statistics,
         resampling=resampling,
         progress=progress,
     )
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".report-") as made:
-            _write_files(study, Path(made), y_limits, progress)
+            _write_files(report, Path(made), y_limits, progress)
             _move(Path(made), output_dir, earlier)
     except OSError as error:
         raise UserError(f"Cannot write the report to {output_dir}: {error.strerror}.") from error
@@ -90,7 +95,7 @@ def write_report(
 
 
 def read_y_limits(text: str) -> YLimits:
-    """Takes "shared", "free" or "LOW,HIGH" to what `write_figures` takes.
+    """Reads "shared", "free" or "LOW,HIGH" as what `write_figures` takes.
 
     Raises:
         UserError: None of them.
@@ -106,19 +111,19 @@ def read_y_limits(text: str) -> YLimits:
     return low, high
 
 
-def _write_files(study: Study, directory: Path, y_limits: YLimits, progress: bool) -> None:
-    tables, found = study_tables(study), findings(study)
+def _write_files(report: Report, directory: Path, y_limits: YLimits, progress: bool) -> None:
+    tables, found = all_tables(report), findings(report)
     (directory / "tables").mkdir()
     for table in tables:
         for suffix, form in ((".md", as_markdown), (".csv", as_csv), (".tex", as_latex)):
             (directory / "tables" / f"{table.name}{suffix}").write_text(form(table), "utf-8")
-    (directory / SUMMARY).write_text(_summary(study, found, tables), "utf-8")
-    write_figures(study, directory / "figures", y_limits=y_limits, progress=progress)
-    write_page(study, tables, found, directory / PAGE)
+    (directory / SUMMARY).write_text(_summary(report, found, tables), "utf-8")
+    write_figures(report, directory / "figures", y_limits=y_limits, progress=progress)
+    write_page(report, tables, found, directory / PAGE)
 
 
-def _summary(study: Study, found: Sequence[Finding], tables: Sequence[Table]) -> str:
-    lines = [f"# {study.title}", "", study.about, ""]
+def _summary(report: Report, found: Sequence[Finding], tables: Sequence[Table]) -> str:
+    lines = [f"# {report.title}", "", report.about, ""]
     for finding in found:
         outcome = "" if finding.outcome == "info" else f" ({finding.outcome})"
         lines += [f"## {finding.heading}{outcome}", "", finding.lead, ""]
@@ -159,10 +164,10 @@ def _earlier_files(output_dir: Path) -> list[str]:
 def _move(made: Path, output_dir: Path, earlier: Sequence[str]) -> None:
     files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
     output_dir.mkdir(exist_ok=True)
-    # Before anything is moved: a report that is interrupted here is still known as one.
+    # Written before anything is moved, so that a report that is interrupted here can be replaced.
     manifest = {"files": sorted({*earlier, *files})}
     (output_dir / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    # The page last: where it stands, all that belongs to it does.
+    # The page last: when it is there, so are the other files.
     for name in sorted(files, key=lambda name: name == PAGE):
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / name, output_dir / name)

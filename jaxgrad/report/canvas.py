@@ -1,7 +1,7 @@
-"""Figures of Matplotlib without pyplot: a grid of panels, text that is only text, saved the same twice.
+"""Matplotlib figures without pyplot: grids of panels, untrusted text, files with reproducible bytes.
 
-Everything between making a figure and saving it stands in `with drawing():`, which starts from
-Matplotlib's own defaults, so that a matplotlibrc of the user changes nothing, and puts all back after.
+Make and save a figure inside `with drawing():`. It starts from Matplotlib's own defaults, so that a user's
+matplotlibrc changes nothing, and restores the settings afterwards.
 """
 
 import unicodedata
@@ -67,24 +67,24 @@ _SETTINGS: dict[Any, Any] = {
     "legend.columnspacing": 1.6,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    # Names of models and data sets may have dollar signs: they are no formulas.
+    # A dollar sign in the name of a model or data set starts no formula.
     "text.parse_math": False,
     "text.usetex": False,
-    # Text stays text: small files, that can be searched and copied from.
+    # Text stays text: the files are small and searchable.
     "svg.fonttype": "none",
-    # Ids inside the file: the same for the same figure.
+    # The same figure gets the same ids inside the file.
     "svg.hashsalt": "jaxgrad",
 }
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Matplotlib as figures need it; afterwards as it was."""
+    """Sets Matplotlib up for figures; restores its settings afterwards."""
     defaults = {
         name: value for name, value in matplotlib.rcParamsDefault.items() if "backend" not in name
     }
     with matplotlib.rc_context(defaults), warnings.catch_warnings():
-        # A name in a script that DejaVu Sans lacks: boxes in the PNG, right in the SVG.
+        # A name in a script that DejaVu Sans lacks is right in the SVG and boxes in the PNG.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.filterwarnings(
             "ignore", message="Matplotlib currently does not support .* natively"
@@ -94,11 +94,11 @@ def drawing() -> Iterator[None]:
 
 
 def shortened(text: str, limit: int = 40) -> str:
-    """Untrusted text for a figure: one line without control characters, its middle left out.
+    """Untrusted text for a figure: one line without control characters; a long one loses its middle.
 
     Args:
         text: Any.
-        limit: Characters of the result at most, 3 or more.
+        limit: Most characters of the result, 3 or more.
     """
     # Categories C*: control, format (writing direction), surrogates, unassigned. XML allows few.
     kept = (" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
@@ -128,8 +128,8 @@ def grid(
         title: The figure's, untrusted.
         width: Of a panel, in inches.
         height: Of a panel, in inches.
-        share_x: One range of x for all panels.
-        share_y: One range of y for all panels.
+        share_x: All panels have one range of x.
+        share_y: All panels have one range of y.
         left: Room for the labels at the left, in inches.
 
     Returns:
@@ -144,7 +144,7 @@ def blank(width: float, height: float, title: str) -> Figure:
     """An empty figure with a title, untrusted.
 
     Args:
-        width: In inches; at least as much as title and legend need.
+        width: In inches; made at least as large as title and legend need.
         height: In inches.
         title: At its upper left.
     """
@@ -159,7 +159,7 @@ def blank(width: float, height: float, title: str) -> Figure:
 
 
 def head(axes: Axes, title: str, aside: str = "") -> None:
-    """A panel's title, untrusted, and a few muted words within the panel."""
+    """Sets a panel's title, untrusted, and a few muted words inside the panel."""
     root = axes.figure.get_figure(root=True)
     spec = axes.get_gridspec()
     assert root is not None and spec is not None
@@ -173,7 +173,7 @@ def head(axes: Axes, title: str, aside: str = "") -> None:
 
 
 def absent(axes: Axes, why: str) -> None:
-    """A panel with nothing to show says why."""
+    """Writes into an empty panel why it is empty."""
     axes.text(
         0.5, 0.5, shortened(why, 60), transform=axes.transAxes, ha="center", va="center",
         color=MUTED, fontsize=6.5, wrap=True,
@@ -188,7 +188,7 @@ def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
 
 
 def log_axis(axis: Any) -> None:
-    """Plain numbers, not powers of ten, on a logarithmic axis; more of them on a short one."""
+    """Labels a logarithmic axis with plain numbers, not powers of ten; a short axis gets more of them."""
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
     steps = (
@@ -240,7 +240,7 @@ def save(figure: Figure, directory: Path, name: str, title: str) -> tuple[Path, 
     Args:
         figure: Made, as it is saved, within `drawing`.
         directory: That exists.
-        name: Of the files, without their ends.
+        name: Of the files, without suffix.
         title: Goes into both files' metadata, untrusted.
 
     Returns:
@@ -256,10 +256,10 @@ def save(figure: Figure, directory: Path, name: str, title: str) -> tuple[Path, 
 
 
 def _place(figure: Figure) -> None:
-    """Gives the panels their places, once for both files: finding them is most of the time.
+    """Lays the panels out, once for both files: the layout takes most of the time.
 
-    Rounded, for the layout's last bits differ from one time to the next (its solver's terms have the
-    order of their addresses), and the ids of clipping in an SVG are hashes of all bits.
+    The positions are rounded. Their last bits differ from run to run (the solver orders its terms by memory
+    address), and an SVG's clip ids are hashes of all bits.
     """
     engine = figure.get_layout_engine()
     assert engine is not None

@@ -1,4 +1,4 @@
-"""What a report is made of: runs, each with the part that it plays in a study."""
+"""The runs that a report is made of, each with its role: model, data set, setting, response."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ CORRECT, IRRELEVANT = RESPONSES = ("correct", "irrelevant")
 
 @dataclass(frozen=True)
 class Role:
-    """The part of a run in a study.
+    """The role of a run in a report.
 
     Attributes:
         model: The model's name.
@@ -38,12 +38,12 @@ class Role:
 
     @property
     def within(self) -> str:
-        """The same within its data set: "none, irrelevant"."""
+        """The same without the data set: "none, irrelevant"."""
         return self.setting if self.response == CORRECT else f"{self.setting}, {self.response}"
 
     @property
     def stem(self) -> str:
-        """For file and directory names: "aqua.none.irrelevant", without the model."""
+        """For names of files and directories, without the model: "aqua.none.irrelevant"."""
         return ".".join(
             file_stem(part) for part in (self.data, self.setting, self.response) if part
         )
@@ -54,10 +54,10 @@ class Cell:
     """A run that a report is made of.
 
     Attributes:
-        role: Its part.
+        role: See there.
         path: Where it was read from, a path or a URL.
         examples: Its usable examples.
-        similarity: Its mean cosines, None where they were not measured.
+        similarity: Its mean cosines; None where they were not measured.
     """
 
     role: Role
@@ -67,7 +67,7 @@ class Cell:
 
 
 def file_stem(name: str) -> str:
-    """A name as part of a file's: letters, digits, '-' and '_'; the rest becomes '-'.
+    """A name for use in a file's name: letters, digits, '-' and '_'; the rest becomes '-'.
 
     Raises:
         UserError: Nothing is left of it.
@@ -81,7 +81,7 @@ def file_stem(name: str) -> str:
 
 
 def parse_label(label: str) -> tuple[str | None, Role]:
-    """A label of `bin/report --runs` as a role.
+    """Reads a label of `bin/report --runs`.
 
     | label | data set, setting, response |
     |---|---|
@@ -129,8 +129,8 @@ def read_run(path: str | Path) -> Results:
 def read_labelled(runs: Sequence[tuple[str, str]]) -> list[Cell]:
     """The runs of `bin/report`, (label, path) each.
 
-    A run that names no model (the authors' files) and has none in its label is taken to be of the
-    model that the others name, where that is one.
+    The authors' files name no model. Where the label names none either, the model of the other runs is
+    taken, if they all have the same.
 
     Raises:
         UserError: As `parse_label` and `read_cell`.
@@ -161,7 +161,7 @@ def model_name(results: Results) -> str:
 
 
 def read_cell(role: Role, path: str | Path) -> Cell:
-    """A run with its role; its tables are reduced to arrays and dropped.
+    """Reads a run. Its tables are reduced to arrays and dropped.
 
     Raises:
         UserError: As `read_run` and `example_set`.
@@ -170,16 +170,16 @@ def read_cell(role: Role, path: str | Path) -> Cell:
     if not role.model:
         role = dataclasses.replace(role, model=model_name(results))
     examples = example_set(results, _label(role))
-    place = path if is_url(path) else local_path(path)
-    return Cell(role, place, examples, mean_similarity(results, examples))
+    similarity = mean_similarity(results, examples)
+    return Cell(role, path if is_url(path) else local_path(path), examples, similarity)
 
 
 def check_distinct(roles: list[Role]) -> None:
-    """Refuses two runs with the same part.
+    """Refuses two runs with the same role.
 
     Raises:
-        UserError: They are named.
+        UserError: There are two; the role is named.
     """
-    for place, role in enumerate(roles):
-        if role in roles[:place]:
+    for k, role in enumerate(roles):
+        if role in roles[:k]:
             raise UserError(f"Two runs are called {_label(role)}: give each its own label.")

@@ -1,4 +1,4 @@
-"""Every run described, and every two runs that a study is about compared, with controls."""
+"""What a report says, as numbers: every run described, and runs compared in pairs, with controls."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,24 +8,29 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from jaxgrad.analysis import (
-    STATISTICS,
+    DEFAULT_STATISTICS,
     Contrast,
     Description,
     Leakage,
     LengthMatch,
     LengthRegression,
     Resampling,
+    Statistic,
     contrast,
     describe,
+    find_statistic,
     leakage_contrast,
     length_regression,
     matched_contrast,
 )
 from jaxgrad.errors import UserError
 from jaxgrad.report.cells import CORRECT, IRRELEVANT, Cell, Role
+from jaxgrad.results.losses import RESPONSE_MEAN
 
 Kind = Literal["setting", "response", "model"]
 NORM, SUM_LOSS = "nuclear_norm", "sum_loss_norm"
+# Shown layer by layer wherever there is room for a few.
+CURVE_STATISTICS = (NORM, "sigma_ratio", "effective_rank")
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class CellCurves:
 
     Attributes:
         cell: The cell.
-        descriptions: Statistic -> curve, MAD and segments with intervals.
-        missing: Statistic -> why it is not there.
+        descriptions: Name of a statistic -> curve, MAD and segments with intervals.
+        missing: Name of a statistic -> why it is not there.
     """
 
     cell: Cell
@@ -51,13 +56,13 @@ class Comparison:
         kind: What differs: the setting (none against detailed), the response (correct against
             irrelevant) or the model (base against instruction-tuned).
         first, second: The cells.
-        contrasts: Statistic -> contrast; "sum_loss_norm" is the first control for length.
-        match, matched: The second control, on the nuclear norm: who was matched, and their contrast
-            (None where no two responses have about the same length). Not of kind "model", whose
-            responses are the same.
-        regression: The third, on the logarithm of the nuclear norm; not of kind "model" either.
-        leakage: With and without the pairs whose irrelevant response is the correct one; of kind
-            "response" alone.
+        contrasts: Name of a statistic -> contrast.
+        match, matched: The second control for length, on the nuclear norm: who was matched, and their
+            contrast (None where no two responses have about the same length). None for kind "model":
+            the responses are the same.
+        regression: The third, on the logarithm of the nuclear norm. None for kind "model".
+        leakage: With and without the pairs whose irrelevant response is the correct one. None but for
+            kind "response".
         missing: Name of a statistic or control -> why it is not there.
     """
 
@@ -72,6 +77,12 @@ class Comparison:
     missing: Mapping[str, str]
 
     @property
+    def summed(self) -> Contrast | None:
+        """The first control for length: the summed loss. None where the run's loss is no mean."""
+        is_mean = self.first.examples.loss_name == RESPONSE_MEAN
+        return self.contrasts.get(SUM_LOSS) if is_mean else None
+
+    @property
     def title(self) -> str:
         """What is compared: "AQuA: none to detailed"."""
         one, two = self.first.role, self.second.role
@@ -84,14 +95,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Study:
+class Report:
     """All that a report says.
 
     Attributes:
         title: Its heading.
         about: What was asked, in a sentence or two; may be empty.
-        curves: One entry a cell, in the order of the study.
+        curves: One entry a cell, in the order given.
         comparisons: Those that the roles ask for.
+        statistics: By name: the default ones, then those that were asked for besides.
         unavailable: What was asked for and is not there -> why.
         resampling: How intervals and p were made.
     """
@@ -100,13 +112,24 @@ class Study:
     about: str
     curves: Sequence[CellCurves]
     comparisons: Sequence[Comparison]
+    statistics: Mapping[str, Statistic]
     unavailable: Mapping[str, str] = field(default_factory=dict)
     resampling: Resampling = field(default_factory=Resampling)
 
     @property
     def cells(self) -> list[Cell]:
-        """The cells, in the order of the study."""
+        """The cells, in the order given."""
         return [curves.cell for curves in self.curves]
+
+    @property
+    def loss_name(self) -> str:
+        """The loss of all its runs."""
+        return self.cells[0].examples.loss_name
+
+    @property
+    def more_statistics(self) -> list[Statistic]:
+        """Those that were asked for besides the default ones."""
+        return [one for name, one in self.statistics.items() if name not in DEFAULT_STATISTICS]
 
     def models(self) -> list[str]:
         """Names of the models, in order."""
@@ -128,33 +151,59 @@ def compare_all(
     about: str = "",
     model_pairs: Sequence[tuple[str, str]] = (),
     unavailable: Mapping[str, str] | None = None,
+    statistics: Sequence[str] = (),
     resampling: Resampling = Resampling(),
     progress: bool = False,
-) -> Study:
+) -> Report:
     """Describes every cell and compares those that differ in one part of their role alone.
 
     Args:
-        cells: Of distinct roles.
-        title: The study's heading.
+        cells: Of distinct roles, one or more, of one loss.
+        title: The report's heading.
         about: What was asked.
         model_pairs: (base, instruction-tuned) names of models.
         unavailable: What was asked for and is not among the cells -> why.
+        statistics: Names, besides the default ones.
         resampling: See there.
         progress: Show a bar on stderr.
+
+    Raises:
+        UserError: As `wanted_statistics`.
     """
+    chosen = wanted_statistics(cells, statistics)
     wanted = wanted_pairs(cells, model_pairs)
     with tqdm(
         total=len(cells) + len(wanted), desc="comparing", disable=not progress, dynamic_ncols=True
     ) as bar:
         curves = []
         for cell in cells:
-            curves.append(_describe(cell, resampling))
+            curves.append(_describe(cell, resampling, tuple(chosen)))
             bar.update()
         comparisons = []
         for kind, first, second in wanted:
-            comparisons.append(compare(kind, first, second, resampling))
+            comparisons.append(compare(kind, first, second, resampling, tuple(chosen)))
             bar.update()
-    return Study(title, about, curves, comparisons, dict(unavailable or {}), resampling)
+    return Report(title, about, curves, comparisons, chosen, dict(unavailable or {}), resampling)
+
+
+def wanted_statistics(cells: Sequence[Cell], more: Sequence[str] = ()) -> dict[str, Statistic]:
+    """The statistics of a report by name: the default ones, then `more`.
+
+    Raises:
+        UserError: No statistic and no column of a cell has that name, or the cells are not of one loss.
+    """
+    losses = {cell.examples.loss_name: cell.examples.label for cell in cells}
+    if len(losses) != 1:
+        told = " and ".join(f"{label} of {name}" for name, label in losses.items())
+        raise UserError(
+            f"The runs have gradients of different losses: {told}. Report on runs of one loss."
+        )
+    (loss,) = losses
+    stored = dict.fromkeys(name for cell in cells for name in cell.examples.column_ELP)
+    return {
+        name: find_statistic(name, loss=loss, stored=stored)
+        for name in (*DEFAULT_STATISTICS, *more)
+    }
 
 
 def wanted_pairs(
@@ -180,9 +229,21 @@ def wanted_pairs(
 
 
 def compare(
-    kind: Kind, first: Cell, second: Cell, resampling: Resampling = Resampling()
+    kind: Kind,
+    first: Cell,
+    second: Cell,
+    resampling: Resampling = Resampling(),
+    statistics: Sequence[str] = DEFAULT_STATISTICS,
 ) -> Comparison:
-    """Two cells by every statistic and control that their runs allow."""
+    """Two cells by every statistic and control that their runs allow.
+
+    Args:
+        kind: See `Comparison`.
+        first: The reference.
+        second: The other.
+        resampling: See there.
+        statistics: Names.
+    """
     one, two = first.examples, second.examples
     missing: dict[str, str] = {}
 
@@ -201,7 +262,7 @@ def compare(
             lambda: contrast(one, two, statistic, same_model=same_model, resampling=resampling),
         )
 
-    contrasts = {name: by(name) for name in STATISTICS}
+    contrasts = {name: by(name) for name in statistics}
     match = matched = regression = leakage = None
     if kind != "model":
         pair = attempt("matched", lambda: matched_contrast(one, two, resampling=resampling))
@@ -215,9 +276,9 @@ def compare(
     return Comparison(kind, first, second, found, match, matched, regression, leakage, missing)
 
 
-def _describe(cell: Cell, resampling: Resampling) -> CellCurves:
+def _describe(cell: Cell, resampling: Resampling, statistics: Sequence[str]) -> CellCurves:
     descriptions, missing = {}, {}
-    for name in STATISTICS:
+    for name in statistics:
         try:
             descriptions[name] = describe(cell.examples.values(name), resampling)
         except UserError as error:

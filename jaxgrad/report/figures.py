@@ -1,4 +1,4 @@
-"""Every figure of a study as SVG and PNG, in the arrangement of the paper.
+"""Every figure of a report as SVG and PNG, in the arrangement of the paper.
 
     curves.MODEL.DATA.STATISTIC   curves over layers, a panel a setting, a row a response
     rd.KIND.MODEL.DATA            relative difference over layers: responses, or two models
@@ -23,7 +23,7 @@ from jaxgrad.analysis import Interval
 from jaxgrad.errors import UserError
 from jaxgrad.report.canvas import drawing, save
 from jaxgrad.report.cells import CORRECT, RESPONSES, Cell, Role, file_stem
-from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison, Study
+from jaxgrad.report.comparisons import CURVE_STATISTICS, NORM, Comparison, Report
 from jaxgrad.report.panels import (
     Curves,
     Points,
@@ -32,13 +32,14 @@ from jaxgrad.report.panels import (
     settings_figure,
     similarity_figure,
 )
-from jaxgrad.report.style import STATISTIC_NAMES
+from jaxgrad.report.style import loss_words
 from jaxgrad.report.verdicts import matching_decides, regression_decides
+from jaxgrad.results.losses import RESPONSE_MEAN
 
 YLimits = Literal["shared", "free"] | tuple[float, float]
 
-CURVE_STATISTICS = (NORM, "sigma_ratio", "effective_rank")
-# Reach of the colours of cosines: the smallest that holds 99 % of those beside the diagonals.
+# The colours of cosines go from minus to plus one of these: the smallest that holds 99 % of the cosines
+# beside the diagonals.
 _BOUNDS = (0.1, 0.2, 0.5, 1.0)
 _LONGEST_STEM = 60
 
@@ -48,7 +49,7 @@ class FigureFile:
     """A figure that was written.
 
     Attributes:
-        name: Of its files, without their ends; no two of a study are equal.
+        name: Of its files, without suffix; no two of a report are equal.
         title: What it shows; plain text, from data: escape it in HTML.
         caption: How to read it; plain text, from data.
         svg, png: The files.
@@ -62,7 +63,7 @@ class FigureFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedFigure:
     """A figure to be drawn, within `canvas.drawing`.
 
     Attributes:
@@ -78,19 +79,19 @@ class Plan:
 
 
 def write_figures(
-    study: Study, directory: Path, *, y_limits: YLimits = "shared", progress: bool = False
+    report: Report, directory: Path, *, y_limits: YLimits = "shared", progress: bool = False
 ) -> list[FigureFile]:
-    """Writes all figures for which the study has the data; the same study gives the same bytes.
+    """Writes all figures for which the report has the data; the same report gives the same bytes.
 
     Args:
-        study: What to show.
+        report: What to show.
         directory: Is made where it is not there; files of the same names are replaced.
-        y_limits: Of the curves: "shared" by all panels of a figure (so does the paper), "free", or
-            (low, high) of the nuclear norm, other statistics' being shared then.
+        y_limits: Of the curves: "shared" by all panels of a figure (as in the paper), "free", or
+            (low, high) for the nuclear norm and "shared" for the other statistics.
         progress: Show a bar on stderr.
 
     Raises:
-        UserError: Limits that are none.
+        UserError: `y_limits` is none of these.
     """
     if not isinstance(y_limits, str):
         low, high = y_limits
@@ -100,7 +101,7 @@ def write_figures(
         raise UserError(f"The y limits are {y_limits!r}: give shared, free or two numbers.")
     directory.mkdir(parents=True, exist_ok=True)
     written, taken = [], set()
-    plans = list(plan_figures(study, y_limits))
+    plans = list(plan_figures(report, y_limits))
     for plan in tqdm(plans, desc="figures", disable=not progress, dynamic_ncols=True):
         stem = ".".join(_stem(part) for part in plan.parts if part)
         name, number = stem, 1
@@ -114,16 +115,17 @@ def write_figures(
     return written
 
 
-def plan_figures(study: Study, y_limits: YLimits = "shared") -> Iterator[Plan]:
+def plan_figures(report: Report, y_limits: YLimits = "shared") -> Iterator[PlannedFigure]:
     """The figures that `write_figures` writes, in its order."""
-    for model in study.models():
-        for data in study.data_sets():
-            for statistic in CURVE_STATISTICS:
-                yield from _curves(study, model, data, statistic, y_limits)
-            yield from _relative_differences(study, model, data)
-        yield from _mad(study, model)
-        yield from _length(study, model)
-    yield from _similarities(study)
+    more = [one.name for one in report.more_statistics]
+    for model in report.models():
+        for data in report.data_sets():
+            for statistic in (*CURVE_STATISTICS, *more):
+                yield from _curves(report, model, data, statistic, y_limits)
+            yield from _relative_differences(report, model, data)
+        yield from _mad(report, model)
+        yield from _length(report, model)
+    yield from _similarities(report)
 
 
 def _stem(name: str) -> str:
@@ -133,42 +135,42 @@ def _stem(name: str) -> str:
         return "unnamed"
 
 
-def _settings(study: Study, model: str, data: str) -> list[str]:
-    cells = (cell.role for cell in study.cells)
+def _settings(report: Report, model: str, data: str) -> list[str]:
+    cells = (cell.role for cell in report.cells)
     return list(
         dict.fromkeys(role.setting for role in cells if (role.model, role.data) == (model, data))
     )
 
 
-def _responses(study: Study, model: str) -> list[str]:
-    found = {cell.role.response for cell in study.cells if cell.role.model == model}
+def _responses(report: Report, model: str) -> list[str]:
+    found = {cell.role.response for cell in report.cells if cell.role.model == model}
     return [response for response in RESPONSES if response in found]
 
 
-def _intervals(study: Study, what: str, *shown: Interval | None) -> str:
-    """What bands or whiskers are, and what is said of them."""
+def _intervals(report: Report, what: str, *shown: Interval | None) -> str:
+    """What bands or whiskers are, and what limits them."""
     there = [interval for interval in shown if interval is not None]
     notes = dict.fromkeys(interval.note for interval in there if interval.note)
     if there and all(np.isnan(interval.low).all() for interval in there):
         text = f"No {what.lower()}: there are no intervals."
     else:
         text = (
-            f"{what}: {study.resampling.level:.0%} bootstrap intervals "
-            f"({study.resampling.num_resamples} resamples of the examples)."
+            f"{what}: {report.resampling.level:.0%} bootstrap intervals "
+            f"({report.resampling.num_resamples} resamples of the examples)."
         )
     return text + "".join(f" {note[0].upper()}{note[1:]}." for note in notes)
 
 
 def _curves(
-    study: Study, model: str, data: str, statistic: str, y_limits: YLimits
-) -> Iterator[Plan]:
-    name = STATISTIC_NAMES[statistic]
+    report: Report, model: str, data: str, statistic: str, y_limits: YLimits
+) -> Iterator[PlannedFigure]:
+    about = report.statistics[statistic]
     rows, shown = [], []
-    for response in _responses(study, model):
+    for response in _responses(report, model):
         row = []
-        for setting in _settings(study, model, data):
+        for setting in _settings(report, model, data):
             role = Role(model, data, setting, response)
-            found = study.find(role)
+            found = report.find(role)
             if found is None:
                 row.append(Curves(role.within, why="no run"))
             elif statistic not in found.descriptions:
@@ -185,28 +187,28 @@ def _curves(
             rows.append(row)
     if not rows:
         return
-    title = f"{name.title}: {', '.join(part for part in (model, data) if part)}"
+    title = f"{about.title}: {', '.join(part for part in (model, data) if part)}"
     limits = None
     if isinstance(y_limits, tuple) and statistic == NORM:
         limits = (float(y_limits[0]), float(y_limits[1]))
     caption = (
-        f"{name.title} over layers, mean over examples; n is their number. {name.definition} "
-        + _intervals(study, "Bands", *shown)
+        f"{about.title} over layers, mean over examples; n is their number. {about.sentence} "
+        + _intervals(report, "Bands", *shown)
         + (" Each panel has its own y axis." if y_limits == "free" else "")
     )
-    yield Plan(
+    yield PlannedFigure(
         ("curves", model, data, statistic),
         title,
         caption,
         lambda: curves_figure(
-            rows, title=title, y_label=name.axis, limits=limits, free=y_limits == "free"
+            rows, title=title, y_label=about.axis, limits=limits, free=y_limits == "free"
         ),
     )
 
 
-def _relative_differences(study: Study, model: str, data: str) -> Iterator[Plan]:
+def _relative_differences(report: Report, model: str, data: str) -> Iterator[PlannedFigure]:
     groups: dict[tuple[str, str], list[Comparison]] = {}
-    for one in study.comparisons:
+    for one in report.comparisons:
         role = one.first.role
         if one.kind != "setting" and (role.model, role.data) == (model, data):
             groups.setdefault((one.kind, one.second.role.model), []).append(one)
@@ -223,12 +225,12 @@ def _relative_differences(study: Study, model: str, data: str) -> Iterator[Plan]
             shown.append(found.rd_LP)
         if not shown:
             continue
-        yield _rd_plan(study, (kind, model, data, other), row, shown)
+        yield _rd_plan(report, (kind, model, data, other), row, shown)
 
 
 def _rd_plan(
-    study: Study, names: tuple[str, str, str, str], row: list[Curves], shown: list[Interval]
-) -> Plan:
+    report: Report, names: tuple[str, str, str, str], row: list[Curves], shown: list[Interval]
+) -> PlannedFigure:
     kind, model, data, other = names
     whose = ", ".join(part for part in (model, data) if part)
     of = "correct to irrelevant" if kind == "response" else f"{model} to {other}"
@@ -236,10 +238,10 @@ def _rd_plan(
     caption = (
         f"Relative difference of the mean nuclear norm by layer, {of}: (second - first) / first; "
         "above the line the second is larger. n: examples of the two. "
-        + _intervals(study, "Bands", *shown)
+        + _intervals(report, "Bands", *shown)
     )
     parts = ("rd", kind, model, data) + ((other,) if kind == "model" else ())
-    return Plan(
+    return PlannedFigure(
         parts,
         title,
         caption,
@@ -247,15 +249,15 @@ def _rd_plan(
     )
 
 
-def _mad(study: Study, model: str) -> Iterator[Plan]:
+def _mad(report: Report, model: str) -> Iterator[PlannedFigure]:
     rows, shown = [], []
-    for response in _responses(study, model):
+    for response in _responses(report, model):
         row = []
-        for data in study.data_sets():
+        for data in report.data_sets():
             groups: list[tuple[str, Interval | None, bool]] = []
             projections: tuple[str, ...] = ()
-            for setting in _settings(study, model, data):
-                found = study.find(Role(model, data, setting, response))
+            for setting in _settings(report, model, data):
+                found = report.find(Role(model, data, setting, response))
                 mad = None
                 if found is not None and NORM in found.descriptions:
                     mad = found.descriptions[NORM].mad_P
@@ -274,26 +276,28 @@ def _mad(study: Study, model: str) -> Iterator[Plan]:
     caption = (
         "Mean absolute difference of the nuclear norm's mean curve from layer to layer, on a "
         "logarithmic axis. "
-        + _intervals(study, "Whiskers", *shown)
+        + _intervals(report, "Whiskers", *shown)
         + " An arrow: the interval goes on below the axis. The intervals are corrected for the "
         "noise that makes MAD larger, and may lie below their point."
     )
-    yield Plan(
+    yield PlannedFigure(
         ("mad", model), title, caption,
         lambda: settings_figure(rows, title=title, y_label="MAD of the nuclear norm"),
     )  # fmt: skip
 
 
-def _length(study: Study, model: str) -> Iterator[Plan]:
+def _length(report: Report, model: str) -> Iterator[PlannedFigure]:
     by_role: Mapping[tuple[Role, Role], Comparison] = {
-        (one.first.role, one.second.role): one for one in study.comparisons if one.kind == "setting"
+        (one.first.role, one.second.role): one
+        for one in report.comparisons
+        if one.kind == "setting"
     }
     rows, shown = [], []
-    for response in _responses(study, model):
+    for response in _responses(report, model):
         row: list[Points | None] = []
-        for data in study.data_sets():
-            roles = [Role(model, data, name, response) for name in _settings(study, model, data)]
-            roles = [role for role in roles if study.find(role) is not None]
+        for data in report.data_sets():
+            roles = [Role(model, data, name, response) for name in _settings(report, model, data)]
+            roles = [role for role in roles if report.find(role) is not None]
             one = by_role.get((roles[0], roles[-1])) if roles else None
             if one is None or NORM not in one.contrasts:
                 row.append(None)
@@ -312,27 +316,37 @@ def _length(study: Study, model: str) -> Iterator[Plan]:
     title = f"What length does: {model}"
     caption = (
         "Nuclear norm of the last setting over that of the first, as ratios of means over layers "
-        "and examples; 1 is no difference. Mean loss: as measured. Summed loss: norms times the "
-        "number of response tokens. Matched: pairs of about the same number of response "
+        "and examples; 1 is no difference. "
+        + _measured(report)
+        + " Matched: pairs of about the same number of response "
         "tokens alone. Regression: ratio of geometric means, with a term in log response tokens; "
         "hollow where fewer than 20 examples have lengths in common, which decides nothing. "
-        + _intervals(study, "Whiskers", *shown)
+        + _intervals(report, "Whiskers", *shown)
     )
-    yield Plan(
+    yield PlannedFigure(
         ("length", model), title, caption,
         lambda: ratios_figure(rows, title=title, x_label="ratio of nuclear norms"),
     )  # fmt: skip
 
 
+def _measured(report: Report) -> str:
+    """What the norms are that are compared, before length is taken out."""
+    words = loss_words(report.loss_name)
+    if report.loss_name == RESPONSE_MEAN:
+        return "Mean loss: as measured. Summed loss: norms times the number of response tokens."
+    return f"As measured: norms of the gradient of the {words.phrase}."
+
+
 def _ratios(one: Comparison) -> list[tuple[str, Interval | None, bool]]:
-    """The four ways to compare two settings, each as a ratio [P]."""
-    by_sum = one.contrasts.get(SUM_LOSS)
+    """The ways to compare two settings, each as a ratio [P]."""
+    loss, by_sum = one.first.examples.loss_name, one.summed
+    summed = [("summed loss", None if by_sum is None else by_sum.ratio_P, False)]
     adjusted = None
     if one.regression is not None and np.isfinite(one.regression.adjusted_P.estimate).all():
         adjusted = one.regression.adjusted_ratio
     return [
-        ("mean loss", one.contrasts[NORM].ratio_P, False),
-        ("summed loss", None if by_sum is None else by_sum.ratio_P, False),
+        (loss_words(loss).measured, one.contrasts[NORM].ratio_P, False),
+        *(summed if loss == RESPONSE_MEAN else []),
         (
             "matched",
             None if one.matched is None else one.matched.ratio_P,
@@ -342,8 +356,8 @@ def _ratios(one: Comparison) -> list[tuple[str, Interval | None, bool]]:
     ]
 
 
-def _similarities(study: Study) -> Iterator[Plan]:
-    measured = [cell for cell in study.cells if cell.similarity is not None]
+def _similarities(report: Report) -> Iterator[PlannedFigure]:
+    measured = [cell for cell in report.cells if cell.similarity is not None]
     bound = cosine_bound(measured)
     for cell in measured:
         similarity = cell.similarity
@@ -357,19 +371,19 @@ def _similarities(study: Study) -> Iterator[Plan]:
         title = f"Cosines of gradients: {', '.join((role.model, role.title))}"
         caption = (
             "Cosines between the gradients of two layers, mean over examples "
-            f"(n = {similarity.num_examples}). Colours from {-bound:g} to {bound:g} in every figure "
-            "of this study, what is beyond as their ends; the diagonal is 1. Partners: Q and O, "
-            "K and V, in one layer. "
-            + _intervals(study, "Bands", similarity.adjacent_LP, similarity.partner_L2)
+            f"(n = {similarity.num_examples}). Colours go from {-bound:g} to {bound:g} in every figure "
+            "of this report; what is beyond has the colour of an end. The diagonal is 1. Partners: Q "
+            "and O, K and V, in one layer. "
+            + _intervals(report, "Bands", similarity.adjacent_LP, similarity.partner_L2)
         )
-        yield Plan(
+        yield PlannedFigure(
             ("similarity", role.model, role.data, role.setting, role.response), title, caption,
             partial(similarity_figure, similarity, title=title, bound=bound),
         )  # fmt: skip
 
 
 def cosine_bound(cells: list[Cell]) -> float:
-    """How far the colours reach: one of a few round numbers, for all cells together."""
+    """The largest cosine that has a colour of its own: a round number, the same for all cells."""
     sizes = []
     for cell in cells:
         if cell.similarity is None or cell.similarity.layer_cosine_PLL is None:

@@ -1,4 +1,4 @@
-"""What a study shows, in words: each sentence is made of the numbers of its tables."""
+"""What a report shows, in words: each sentence is made of the numbers of its tables."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +11,7 @@ from jaxgrad.analysis import Contrast, Interval
 from jaxgrad.analysis.curves import mad
 from jaxgrad.analysis.resampling import FEW_EXAMPLES
 from jaxgrad.report.cells import CORRECT
-from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison, Study
-from jaxgrad.report.style import STATISTIC_NAMES
+from jaxgrad.report.comparisons import NORM, Comparison, Report
 from jaxgrad.report.tables import Form, written
 from jaxgrad.report.verdicts import (
     Verdict,
@@ -32,14 +31,15 @@ Outcome = Literal["stands", "falls", "unclear", "info"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a study shows, or does not.
+    """One thing that the runs show, or do not show.
 
     Attributes:
         heading: What it is about.
-        lead: The finding and what becomes of it, in a line or two.
-        sentences: The same at length, with figures.
+        lead: The finding, and what becomes of it under the controls, in a line or two.
+        sentences: The same at length, with numbers.
         outcome: What becomes of it under the controls: "stands" under all that could be made,
-            "falls" under at least one, "unclear" where there is no contrast or no control.
+            "falls" under at least one, "unclear" where there is no contrast or no control; "info"
+            where none is asked.
     """
 
     heading: str
@@ -48,46 +48,46 @@ class Finding:
     outcome: Outcome
 
 
-def findings(study: Study) -> list[Finding]:
-    """The findings of a study, settings first, then responses, models and what limits all of it."""
-    several = len(study.models()) > 1
+def findings(report: Report) -> list[Finding]:
+    """The findings: settings first, then responses, models, and what limits all of it."""
+    several = len(report.models()) > 1
 
     def where(model: str, data: str) -> str:
-        """Before a heading: the model where there are several, and the data set."""
+        """The start of a heading: the model where there are several, and the data set."""
         named = ", ".join(part for part in (model if several else "", data) if part)
         return f"{named}: " if named else ""
 
     found = [
         _setting(where(c.first.role.model, c.first.role.data), c)
-        for c in _ends(study)
+        for c in _ends(report)
         if NORM in c.contrasts
     ]
-    for model in study.models():
-        for data in study.data_sets():
+    for model in report.models():
+        for data in report.data_sets():
             by_setting = [
                 c
-                for c in study.comparisons
+                for c in report.comparisons
                 if c.kind == "response"
                 and (c.first.role.model, c.first.role.data) == (model, data)
                 and NORM in c.contrasts
             ]
             if by_setting:
                 found.append(_responses(where(model, data), by_setting))
-    found += [_model(c) for c in study.comparisons if c.kind == "model" and NORM in c.contrasts]
-    found.append(_limits(study))
+    found += [_model(c) for c in report.comparisons if c.kind == "model" and NORM in c.contrasts]
+    found.append(_limits(report))
     return found
 
 
-def _ends(study: Study) -> list[Comparison]:
-    """Of each data set's settings the first against the last, correct responses."""
+def _ends(report: Report) -> list[Comparison]:
+    """The comparisons of each data set's first setting with its last, correct responses."""
     by_set: dict[tuple[str, str], list[str]] = {}
-    for cell in study.cells:
+    for cell in report.cells:
         role = cell.role
         if role.response == CORRECT:
             by_set.setdefault((role.model, role.data), []).append(role.setting)
     return [
         c
-        for c in study.comparisons
+        for c in report.comparisons
         if c.kind == "setting"
         and c.first.role.response == CORRECT
         and [c.first.role.setting, c.second.role.setting]
@@ -119,7 +119,7 @@ def _setting(where: str, c: Comparison) -> Finding:
             f"its ceiling {_factors(share.ratio_P, projections)} times."
         )
     verdicts = [verdict_of(c, k) for k in range(len(projections))]
-    summed = c.contrasts.get(SUM_LOSS)
+    summed = c.summed
     if summed is not None:
         sentences.append(
             f"Length, by the sum of the loss in place of its mean: the ratio is "
@@ -140,7 +140,7 @@ def _setting(where: str, c: Comparison) -> Finding:
 
 
 def _matched_and_adjusted(c: Comparison, verdicts: Sequence[Verdicts]) -> list[str]:
-    """The two controls for length that need lengths in common, a sentence each."""
+    """The two controls that need response lengths in common, a sentence each."""
     projections = c.contrasts[NORM].first.examples.projections
     sentences = []
     if c.match is not None:
@@ -179,7 +179,7 @@ def _size(sides: Sequence[int]) -> str:
 
 
 def _under_length(verdicts: Sequence[Verdicts]) -> str:
-    """What the controls for length leave, one phrase a control."""
+    """What is left of the contrasts under each control for length, one phrase a control."""
     parts = []
     for name, of in (
         ("with the summed loss", [v.sum_loss for v in verdicts]),
@@ -215,7 +215,7 @@ def _responses(where: str, comparisons: Sequence[Comparison]) -> Finding:
         sentences.append(_response_setting(c, found))
         leaked = 0 if c.leakage is None else c.leakage.num_leaked
         leaks += leaked
-        # What is not told apart has nothing to lose under a control.
+        # Responses that are not told apart have no contrast that a control could take away.
         if (p_P < _SMALL_P).sum() * 2 > len(p_P):
             told_apart.append(setting)
             judged += found
@@ -242,7 +242,7 @@ def _response_setting(c: Comparison, found: Sequence[Verdicts]) -> str:
         f"{_list(contrast.mean_absolute_rd_P.estimate, projections, 'percent')} on average over layers; "
         f"their mean is {_factors(contrast.ratio_P, projections)} times as large{_p(contrast)}."
     )
-    summed = c.contrasts.get(SUM_LOSS)
+    summed = c.summed
     if summed is not None:
         sentence += (
             f" With the summed loss it is {_factors(summed.ratio_P, projections)} times: the contrast "
@@ -288,54 +288,54 @@ def _model(c: Comparison) -> Finding:
     return Finding(heading, sentence, (), "info")
 
 
-def _limits(study: Study) -> Finding:
+def _limits(report: Report) -> Finding:
     sentences = [
         "Intervals are of one number each, and are not widened for their number; the tables have p "
         "adjusted for it (false discovery rate).",
-        "What is shown is shown of these examples and models. A contrast that stands under the three "
+        "What is shown is shown of these examples and models. A contrast that stands under the "
         "controls for length may still have another reason.",
     ]
-    left_out = sum(len(cell.examples.left_out) for cell in study.cells)
-    used = sum(cell.examples.num_examples for cell in study.cells)
+    left_out = sum(len(cell.examples.left_out) for cell in report.cells)
+    used = sum(cell.examples.num_examples for cell in report.cells)
     sentences.append(
         f"{used} examples are used and {left_out} left out, the reasons stand in the first table."
     )
-    truncated = sum(cell.examples.num_truncated or 0 for cell in study.cells)
+    truncated = sum(cell.examples.num_truncated or 0 for cell in report.cells)
     if truncated:
         sentences.append(f"{truncated} of those used were cut at the run's max_length.")
-    small = [c for c in study.cells if c.examples.num_examples < FEW_EXAMPLES]
+    small = [c for c in report.cells if c.examples.num_examples < FEW_EXAMPLES]
     if small:
         sentences.append(
-            f"{len(small)} of {len(study.cells)} runs have fewer than {FEW_EXAMPLES} examples: their "
+            f"{len(small)} of {len(report.cells)} runs have fewer than {FEW_EXAMPLES} examples: their "
             "intervals are known to be too narrow, and with one example there is none."
         )
-    sentences += _missing(study)
-    sentences += [f"Not there: {what}: {why}" for what, why in study.unavailable.items()]
+    sentences += _missing(report)
+    sentences += [f"Not there: {what}: {why}" for what, why in report.unavailable.items()]
     return Finding("What limits all of it", sentences[1], (sentences[0], *sentences[2:]), "info")
 
 
-def _missing(study: Study) -> list[str]:
-    """What could not be computed and what limits an interval, each reason once with its number."""
-    names = {name: found.title for name, found in STATISTIC_NAMES.items()}
+def _missing(report: Report) -> list[str]:
+    """What could not be computed and what limits an interval: each reason once, with how often."""
+    names = {name: found.title for name, found in report.statistics.items()}
     sentences = []
-    for what, parts in (("runs", study.curves), ("comparisons", study.comparisons)):
+    for what, parts in (("runs", report.curves), ("comparisons", report.comparisons)):
         found = Counter((name, _shape(why)) for part in parts for name, why in part.missing.items())
         sentences += [
             f"{names.get(name, name)} is missing in {count} of {len(parts)} {what}: {why}"
             for (name, why), count in found.items()
         ]
     notes = Counter(
-        note for c in study.comparisons for note in _notes(c.contrasts.get(NORM)) if note
+        note for c in report.comparisons for note in _notes(c.contrasts.get(NORM)) if note
     )
     sentences += [
-        f"In {count} of {len(study.comparisons)} comparisons of the nuclear norm: {note}."
+        f"In {count} of {len(report.comparisons)} comparisons of the nuclear norm: {note}."
         for note, count in notes.items()
     ]
     return sentences
 
 
 def _shape(why: str) -> str:
-    """A reason without the run that it is about: "LABEL: loss was not measured"."""
+    """A reason without its run: "LABEL: loss was not measured" becomes "loss was not measured"."""
     return why.split(": ", 1)[-1]
 
 
@@ -396,7 +396,7 @@ def _grouped(values: Sequence, projections: Sequence[str], words: Callable[..., 
 
 
 def _judged(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Those of a contrast that was there, under a control that could decide."""
+    """Leaves out verdicts where there was no contrast, or where the control could not decide."""
     return [verdict for verdict in verdicts if verdict not in ("no contrast", "not known")]
 
 

@@ -1,8 +1,8 @@
-"""The report's page: one HTML file that works offline and asks nobody for anything.
+"""The report's page: one HTML file that works offline and sends no request.
 
-Text from data is escaped wherever it stands (jinja2's autoescape; the script sets text, never markup),
-and the page's content security policy allows no request and no script but the two whose digests it
-names: the page's own and plotly.js.
+Text from data is escaped everywhere: jinja2 escapes it, and the script sets text, never markup. The page's
+content security policy allows no request, and only the two scripts whose digests it names: the page's own
+and plotly.js.
 """
 
 import base64
@@ -20,7 +20,7 @@ import plotly.offline
 from markupsafe import Markup
 
 from jaxgrad.errors import UserError
-from jaxgrad.report.comparisons import Study
+from jaxgrad.report.comparisons import Report
 from jaxgrad.report.findings import Finding
 from jaxgrad.report.page_data import (
     Block,
@@ -32,17 +32,18 @@ from jaxgrad.report.page_data import (
     similarity_blocks,
 )
 from jaxgrad.report.page_examples import example_blocks
+from jaxgrad.report.style import loss_words
 from jaxgrad.report.tables import Number, Table, compact, written
 from jaxgrad.results.files import atomic_file
 
-# Bytes of the whole page: what a mail server, a repository and a phone still take.
+# Bytes of the whole page: mail servers, repositories and phones still accept that much.
 LIMIT = 5_000_000
-# Of these, for tables at most; and for examples at least, before RD and similarities take the rest.
+# Of these the tables get at most the first, and the examples at least the second.
 TABLES_LIMIT = 1_200_000
 EXAMPLES_SHARE = 500_000
-# For the sentences that say what is left out, and the core block's own counts.
+# For what is added at the end: the sentences on what is left out, and the core block's list of blocks.
 _SLACK = 40_000
-# The first ones are unfolded.
+# So many tables are unfolded at first.
 _OPEN_TABLES = 3
 _SCRIPTS = ("core.js", "panels.js", "curves.js", "tables.js", "examples.js", "start.js")
 
@@ -54,7 +55,7 @@ class PageSize:
     Attributes:
         num_bytes: Of the file.
         examples: Examples in it.
-        all_examples: Examples of the study.
+        all_examples: Examples of the report.
         left_out: What did not fit, as the page says it.
     """
 
@@ -65,15 +66,15 @@ class PageSize:
 
 
 def write_page(
-    study: Study, tables: Sequence[Table], findings: Sequence[Finding], path: str | Path
+    report: Report, tables: Sequence[Table], findings: Sequence[Finding], path: str | Path
 ) -> PageSize:
-    """Writes a study as one self-contained HTML file of less than `LIMIT` bytes.
+    """Writes a report as one self-contained HTML file of less than `LIMIT` bytes.
 
-    What does not fit is left out, and the page says so: tables beyond `TABLES_LIMIT`, then the curves
-    of the last statistics, RD, similarity matrices, and of the examples as many as the rest allows.
+    What does not fit is left out, and the page says so. The order: tables up to `TABLES_LIMIT`, curves one
+    statistic after the other, RD, similarity matrices, and as many examples as the rest allows.
 
     Args:
-        study: The study.
+        report: The report.
         tables: In the order in which they are read.
         findings: Likewise.
         path: The file; it appears whole or not at all.
@@ -86,18 +87,19 @@ def write_page(
     left_out = [f"the table “{table.title}” (its own file has it)" for table in too_large]
     library_block = Block("plotly", pack(library))
     parts: dict[str, Any] = {
-        "study": study,
+        "report": report,
+        "loss": loss_words(report.loss_name),
         "tables": shown,
         "findings": findings,
-        "facts": _facts(study),
-        "provenance": _provenance(study),
-        "left_out_cells": [cell for cell in study.cells if cell.examples.left_out],
+        "facts": _facts(report),
+        "provenance": _provenance(report),
+        "left_out_cells": [cell for cell in report.cells if cell.examples.left_out],
         "plotly_version": _plotly_version(library),
-        "level": f"{100 * study.resampling.level:g} %",
+        "level": f"{100 * report.resampling.level:g} %",
         "examples": (0, 0),
         "left_out": left_out,
     }
-    words = len(_html(parts, library, [library_block, core_block(study, {})]).encode())
+    words = len(_html(parts, library, [library_block, core_block(report, {})]).encode())
     room = LIMIT - words - _SLACK
     if room < 0:
         raise UserError(
@@ -106,15 +108,15 @@ def write_page(
         )
     blocks = [library_block]
     share = min(EXAMPLES_SHARE, room // 3)
-    for candidates in (curve_blocks(study), rd_blocks(study), similarity_blocks(study)):
+    for candidates in (curve_blocks(report), rd_blocks(report), similarity_blocks(report)):
         inside, outside = fitting(candidates, room - share)
         room -= sum(item.num_bytes for item in inside)
         blocks += inside
         left_out += _summed(outside)
-    chosen = example_blocks(study, room)
+    chosen = example_blocks(report, room)
     blocks += chosen.blocks
     parts["examples"] = (chosen.embedded, chosen.total)
-    blocks.append(core_block(study, {"blocks": [item.name for item in blocks]}))
+    blocks.append(core_block(report, {"blocks": [item.name for item in blocks]}))
     html = _html(parts, library, blocks).encode()
     assert len(html) < LIMIT, f"{len(html)} bytes: more than was planned"
     with atomic_file(Path(path)) as file:
@@ -128,13 +130,13 @@ def _plotly_version(library: str) -> str:
 
 
 def _summed(outside: Sequence[Block]) -> list[str]:
-    """What is left out; many of a kind in one line."""
+    """What is left out; where that is much, the first four and a count."""
     whats = [item.what for item in outside]
     return whats if len(whats) <= 5 else [*whats[:4], f"{len(whats) - 4} more such parts"]
 
 
 def visible(value: Any) -> Any:
-    """Text that UTF-8 and HTML can hold: lone surrogates and control characters become U+FFFD."""
+    """Makes text safe for UTF-8 and HTML: lone surrogates and control characters become U+FFFD."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", value)
@@ -157,7 +159,7 @@ def _asset(name: str) -> str:
 
 
 def _html(parts: Mapping[str, Any], library: str, blocks: Sequence[Block]) -> str:
-    # One script, one scope: nothing of it is visible to anything else.
+    # One scope: the script adds no name to the page.
     script = '(() => {\n"use strict";\n' + "".join(map(_asset, _SCRIPTS)) + "})();\n"
     return (
         _environment()
@@ -221,34 +223,34 @@ def _groups(table: Table) -> list[tuple[str, int]]:
     return groups if any(name for name, _ in groups) else []
 
 
-def _facts(study: Study) -> list[tuple[str, str]]:
-    """The study in figures: number, and of what."""
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """The sizes of the report: number, and of what."""
 
     def counted(count: int, one: str, many: str) -> tuple[str, str]:
         return f"{count:,}".replace(",", "\u202f"), one if count == 1 else many
 
-    used = sum(cell.examples.num_examples for cell in study.cells)
-    out = sum(len(cell.examples.left_out) for cell in study.cells)
+    used = sum(cell.examples.num_examples for cell in report.cells)
+    out = sum(len(cell.examples.left_out) for cell in report.cells)
     return [
-        counted(len(study.models()), "model", "models"),
-        counted(len(study.data_sets()), "data set", "data sets"),
-        counted(len(study.cells), "run", "runs"),
+        counted(len(report.models()), "model", "models"),
+        counted(len(report.data_sets()), "data set", "data sets"),
+        counted(len(report.cells), "run", "runs"),
         counted(used, "example used", "examples used"),
         counted(out, "example left out", "examples left out"),
     ]
 
 
-def _provenance(study: Study) -> list[tuple[str, list[str]]]:
-    """What the runs say about themselves, runs of the same words together: words -> titles."""
+def _provenance(report: Report) -> list[tuple[str, list[str]]]:
+    """What the runs say about themselves: words -> titles of the runs that say so."""
     groups: dict[str, list[str]] = {}
-    for cell in study.cells:
+    for cell in report.cells:
         words = "; ".join(_run_words(cell.examples.run))
         groups.setdefault(words, []).append(f"{cell.role.model}, {cell.role.title}")
     return list(groups.items())
 
 
 def _run_words(run: Mapping[str, Any]) -> list[str]:
-    """Protocol, versions, commit and device of a run; no path of the machine it ran on."""
+    """Protocol, versions, commit and device of a run, without any path of its machine."""
     options = run.get("identity", {}).get("options", {})
     sessions = run.get("sessions") or [{}]
     info = sessions[-1].get("info", {})

@@ -1,7 +1,7 @@
 """What the page's script draws, as blocks of JSON: the cells, their curves, RD, similarities.
 
-A block is compressed alone and unpacked in the browser when it is first needed. Curves are integers
-times a power of ten, their limits are distances in the same unit: a third of the bytes of plain JSON.
+Each block is compressed by itself; the browser unpacks it when it is first needed. A curve is stored as
+integers times a power of ten, its limits as distances from it: a third of the bytes of plain JSON.
 """
 
 import base64
@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxgrad.analysis import STATISTICS, Description, Interval, segments
+from jaxgrad.analysis import Description, Interval, Statistic, segments
+from jaxgrad.analysis.curves import SEGMENTS
 from jaxgrad.errors import UserError
-from jaxgrad.report.comparisons import NORM, Comparison, Study
-from jaxgrad.report.style import PROJECTION_STYLE, STATISTIC_NAMES
+from jaxgrad.report.comparisons import CURVE_STATISTICS, NORM, Comparison, Report
+from jaxgrad.report.style import loss_words, styles_of
 
-# Significant digits of the smallest value of a curve; larger ones have more.
+# Significant digits of the smallest value of a curve; larger values have more.
 _DIGITS = 4
-# Beyond it integers would no longer be exact in a double.
+# Larger integers would not be exact in a double.
 _MOST_DIGITS = 12
 
 
@@ -31,8 +32,8 @@ class Block:
 
     Attributes:
         name: The script looks it up by this; letters, digits, "-" and "_".
-        text: gzip, then base64: no character of it can end a script element.
-        what: What the page says is left out where the block does not fit.
+        text: gzip, then base64, which cannot end a script element.
+        what: Names the block in the page's list of what is left out.
     """
 
     name: str
@@ -112,22 +113,22 @@ def limits_of(interval: Interval | None) -> list[list[float | None]] | None:
     if interval is None:
         return None
     rows = zip(interval.estimate, interval.low, interval.high, strict=True)
-    # More digits than are shown: a number rounded twice may differ from its table's.
+    # More digits than the page shows: rounding twice could differ from the table's number.
     return [[rounded(float(number), 7) for number in row] for row in rows]
 
 
-def core_block(study: Study, embedded: Mapping[str, Any]) -> Block:
+def core_block(report: Report, embedded: Mapping[str, Any]) -> Block:
     """Names, cells and styles: what every view needs.
 
     Args:
-        study: The study.
-        embedded: Added to it as it is.
+        report: The report.
+        embedded: Further keys of the block.
     """
     cells = []
-    models, data_sets = study.models(), study.data_sets()
-    settings = list(dict.fromkeys(cell.role.setting for cell in study.cells))
-    responses = list(dict.fromkeys(cell.role.response for cell in study.cells))
-    for curves in study.curves:
+    models, data_sets = report.models(), report.data_sets()
+    settings = list(dict.fromkeys(cell.role.setting for cell in report.cells))
+    responses = list(dict.fromkeys(cell.role.response for cell in report.cells))
+    for curves in report.curves:
         role, examples = curves.cell.role, curves.cell.examples
         cells.append(
             {
@@ -148,13 +149,19 @@ def core_block(study: Study, embedded: Mapping[str, Any]) -> Block:
                 "missing": dict(curves.missing),
             }
         )
-    names = [name for name in STATISTICS if any(name in c.descriptions for c in study.curves)]
+    words = loss_words(report.loss_name)
     content = {
         "models": models,
         "data": data_sets,
         "settings": settings,
         "responses": responses,
-        "statistics": {name: _statistic(name) for name in names},
+        "loss": {"phrase": words.phrase, "unit": words.unit},
+        "statistics": {
+            name: _statistic(one)
+            for name, one in report.statistics.items()
+            if any(name in c.descriptions for c in report.curves)
+        },
+        "segments": SEGMENTS,
         "projections": {
             name: {
                 "title": style.title,
@@ -162,19 +169,25 @@ def core_block(study: Study, embedded: Mapping[str, Any]) -> Block:
                 "dash": style.plotly_dash(),
                 "symbol": style.symbol,
             }
-            for name, style in PROJECTION_STYLE.items()
-            if any(name in cell.examples.projections for cell in study.cells)
+            for name, style in styles_of(
+                word for cell in report.cells for word in cell.examples.projections
+            ).items()
         },
-        "level": study.resampling.level,
+        "level": report.resampling.level,
         "cells": cells,
     }
     return block("core", content | dict(embedded))
 
 
-def _statistic(name: str) -> dict[str, str]:
-    known = STATISTIC_NAMES.get(name)
-    title, axis, definition = known if known else (name, name, "")
-    return {"title": title, "axis": axis, "definition": definition}
+def _statistic(one: Statistic) -> dict[str, str | bool]:
+    return {
+        "title": one.title,
+        "axis": one.axis,
+        "short": one.short,
+        "definition": one.sentence,
+        # An example has curves of it; of the others it has means over layers.
+        "drawn": one.name in CURVE_STATISTICS,
+    }
 
 
 def _segments(description: Description | None) -> list[list[int]] | None:
@@ -186,12 +199,12 @@ def _segments(description: Description | None) -> list[list[int]] | None:
         return None
 
 
-def curve_blocks(study: Study) -> list[Block]:
-    """The mean curves with their MAD, one block a statistic: cell -> what is drawn."""
+def curve_blocks(report: Report) -> list[Block]:
+    """The mean curves with their MAD: one block a statistic, in it one entry a cell."""
     blocks = []
-    for name in STATISTICS:
+    for name, statistic in report.statistics.items():
         content = {}
-        for place, curves in enumerate(study.curves):
+        for place, curves in enumerate(report.curves):
             found = curves.descriptions.get(name)
             if found is None:
                 continue
@@ -202,24 +215,24 @@ def curve_blocks(study: Study) -> list[Block]:
                 "note": found.note,
             }
         if content:
-            title = _statistic(name)["title"]
-            blocks.append(block(f"curves-{name}", content, f"the curves of: {title}"))
+            what = f"the curves of: {statistic.title}"
+            blocks.append(block(f"curves-{name}", content, what))
     return blocks
 
 
-def rd_blocks(study: Study) -> list[Block]:
+def rd_blocks(report: Report) -> list[Block]:
     """RD of the nuclear norm by layer, one block a kind of comparison."""
     titles = {
         "response": "correct and irrelevant responses",
         "setting": "settings",
         "model": "models",
     }
-    places = {cell.role: place for place, cell in enumerate(study.cells)}
+    places = {cell.role: place for place, cell in enumerate(report.cells)}
     blocks = []
     for kind, title in titles.items():
         content = [
             _rd(comparison, places[comparison.first.role], places[comparison.second.role])
-            for comparison in study.comparisons
+            for comparison in report.comparisons
             if comparison.kind == kind and NORM in comparison.contrasts
         ]
         if content:
@@ -241,10 +254,10 @@ def _rd(comparison: Comparison, first: int, second: int) -> dict[str, Any]:
     }
 
 
-def similarity_blocks(study: Study) -> list[Block]:
-    """Mean cosines between layers, one block a cell: the upper triangles, in thousandths."""
+def similarity_blocks(report: Report) -> list[Block]:
+    """Mean cosines between layers, one block a cell: the upper triangles, in units of 0.001."""
     blocks = []
-    for place, cell in enumerate(study.cells):
+    for place, cell in enumerate(report.cells):
         found = cell.similarity
         if found is None or found.layer_cosine_PLL is None:
             continue

@@ -1,6 +1,6 @@
-"""The examples that the page's browser shows, and which of them where not all fit."""
+"""The examples on the page, and the choice of them where not all fit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +8,12 @@ import numpy as np
 
 from jaxgrad.analysis import ExampleSet
 from jaxgrad.errors import UserError
-from jaxgrad.report.comparisons import NORM, Study
+from jaxgrad.report.comparisons import CURVE_STATISTICS, NORM, Report
 from jaxgrad.report.page_data import Block, block, curve, rounded
 
-# Statistics of which an example has its own curves; the script derives those of the norm and the
-# loss, and the share of the rank's ceiling comes as a mean over layers.
-_CURVES = (NORM, "sigma_ratio", "effective_rank")
-_MEANS = ("effective_rank_fraction",)
 # Characters of an instruction or a response; the rest is counted.
 _LONGEST_TEXT = 6000
-# Where fewer would fit, an example browser says nothing: two extremes and one between.
+# With fewer, the examples of a cell would show nothing: the two extremes and one between.
 _FEWEST = 3
 _FIRST_GUESS = 8
 _ATTEMPTS = 6
@@ -29,7 +25,7 @@ class EmbeddedExamples:
 
     Attributes:
         blocks: Texts of each data set, numbers of each cell.
-        embedded, total: Examples in them, and in the study.
+        embedded, total: Examples in them, and in the report.
     """
 
     blocks: list[Block]
@@ -37,24 +33,24 @@ class EmbeddedExamples:
     total: int
 
 
-def example_blocks(study: Study, room: int) -> EmbeddedExamples:
-    """As many examples of each cell as fit into `room` bytes; none where three of each do not.
+def example_blocks(report: Report, room: int) -> EmbeddedExamples:
+    """As many examples of each cell as fit into `room` bytes; none where not even three of each do.
 
     Where not all fit, a cell's examples are ordered by their nuclear norm (mean over layers and
     projections) and taken at even distances, the smallest and the largest included.
     """
-    sets = [cell.examples for cell in study.cells]
+    sets = [cell.examples for cell in report.cells]
     total = sum(examples.num_examples for examples in sets)
     most = max((examples.num_examples for examples in sets), default=0)
-    readers = [_Reader(examples) for examples in sets]
+    readers = [_Reader(examples, report.statistics) for examples in sets]
     found = EmbeddedExamples([], 0, total)
-    # Between a number that fits and one that does not; bytes grow about as the number does.
+    # Searches between a number that fits and one that does not; the bytes grow about as the number does.
     fits, fails, count = 0, most + 1, min(most, _FIRST_GUESS)
     for _ in range(_ATTEMPTS):
         if fails - fits <= 1 or fails <= min(_FEWEST, most):
             break
         chosen = [evenly(examples, count) for examples in sets]
-        blocks = _blocks(study, chosen, readers)
+        blocks = _blocks(report, chosen, readers)
         size = sum(item.num_bytes for item in blocks)
         if size > room:
             fails = count
@@ -78,9 +74,9 @@ def evenly(examples: ExampleSet, count: int) -> list[int]:
 class _Reader:
     """The numbers of a set's examples, each made when it is first asked for."""
 
-    def __init__(self, examples: ExampleSet) -> None:
+    def __init__(self, examples: ExampleSet, statistics: Iterable[str]) -> None:
         self._examples = examples
-        self._found = {name: _values(examples, name) for name in (*_CURVES, *_MEANS)}
+        self._found = {name: _values(examples, name) for name in statistics}
         self._items: dict[int, dict[str, Any]] = {}
 
     def item(self, e: int) -> dict[str, Any]:
@@ -91,19 +87,21 @@ class _Reader:
 
     def _read(self, e: int) -> dict[str, Any]:
         examples = self._examples
+        statistics: dict[str, list] = {}
         item: dict[str, Any] = {
             "index": int(examples.index_E[e]),
-            "loss": rounded(float(examples.loss_E[e])),
-            "tokens": rounded(float(examples.response_tokens_E[e]), 9),
+            "loss": rounded(float(examples.loss[e])),
+            "tokens": rounded(float(examples.response_tokens[e]), 9),
             "truncated": None if examples.truncated_E is None else bool(examples.truncated_E[e]),
+            "statistics": statistics,
         }
         for name, value_ELP in self._found.items():
             if value_ELP is None or not np.isfinite(value_ELP[e]).all():
                 continue
-            if name in _CURVES:
-                item[name] = [curve(value_ELP[e, :, p]) for p in range(value_ELP.shape[2])]
+            if name in CURVE_STATISTICS:
+                statistics[name] = [curve(value_ELP[e, :, p]) for p in range(value_ELP.shape[2])]
             else:
-                item[name] = [rounded(float(value)) for value in value_ELP[e].mean(axis=0)]
+                statistics[name] = [rounded(float(value)) for value in value_ELP[e].mean(axis=0)]
         return item
 
 
@@ -120,10 +118,10 @@ def _values(examples: ExampleSet, name: str) -> np.ndarray | None:
     return full
 
 
-def _blocks(study: Study, chosen: Sequence[list[int]], readers: Sequence[_Reader]) -> list[Block]:
-    texts: dict[str, dict[str, int]] = {name: {} for name in study.data_sets()}
+def _blocks(report: Report, chosen: Sequence[list[int]], readers: Sequence[_Reader]) -> list[Block]:
+    texts: dict[str, dict[str, int]] = {name: {} for name in report.data_sets()}
     blocks = []
-    for place, (cell, places) in enumerate(zip(study.cells, chosen, strict=True)):
+    for place, (cell, places) in enumerate(zip(report.cells, chosen, strict=True)):
         known = texts[cell.role.data]
         examples = cell.examples
         content = []

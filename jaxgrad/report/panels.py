@@ -1,4 +1,4 @@
-"""What the figures show: each function makes one, of descriptions and contrasts that are there."""
+"""The figures: each function draws one from intervals that are given to it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar, cast
@@ -10,7 +10,8 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 
 from jaxgrad.analysis import Interval
-from jaxgrad.analysis.similarity import PARTNERS, Similarity
+from jaxgrad.analysis.similarity import Similarity
+from jaxgrad.projections import PARTNER_PAIRS
 from jaxgrad.report.canvas import (
     MAX_COLUMNS,
     absent,
@@ -22,7 +23,7 @@ from jaxgrad.report.canvas import (
     log_axis,
     shortened,
 )
-from jaxgrad.report.style import GRID, INK, MUTED, PROJECTION_STYLE, Style
+from jaxgrad.report.style import GRID, INK, MUTED, Style, style_of, styles_of
 
 # From dark blue through grey to light yellow: negative and positive differ in lightness as well.
 COSINE_COLOURS = "cividis"
@@ -40,7 +41,7 @@ class Curves(NamedTuple):
         layers: Measured layers.
         projections: Names of the curves.
         curve_LP: With its limits; None where there is nothing to show.
-        why: There is nothing, then.
+        why: What stands there instead.
     """
 
     title: str
@@ -58,7 +59,7 @@ class Points(NamedTuple):
         title: The panel's, untrusted.
         projections: Names of the points within a group.
         groups: A group's label, untrusted, its interval [P] or None, and whether it is hollow.
-        why: There is nothing in a group, then.
+        why: What stands where a group has no interval.
     """
 
     title: str
@@ -71,9 +72,9 @@ Panel = TypeVar("Panel")
 
 
 def folded(rows: Sequence[Sequence[Panel | None]]) -> list[list[Panel | None]]:
-    """Rows of panels, folded where they are longer than a page is wide."""
+    """Rows of panels, broken into several where a row is wider than a page."""
     longest = max(len(row) for row in rows)
-    # As many to a line as leaves no line nearly empty: 5 become 3 + 2.
+    # Lines of about equal length: 5 panels become 3 + 2.
     columns = -(-longest // -(-longest // MAX_COLUMNS))
     lines: list[list[Panel | None]] = []
     for start in range(0, longest, columns):
@@ -98,7 +99,7 @@ def curves_figure(
         rows: Of panels, equally many in each.
         title: The figure's, untrusted.
         y_label: One for all panels.
-        limits: Of the y axis; by default those of the data, from 0 without `zero_line`.
+        limits: Of the y axis. By default the range of the data, from 0 where there is no `zero_line`.
         free: Each panel has its own.
         zero_line: Draw one: the values have a sign.
     """
@@ -120,8 +121,8 @@ def curves_figure(
                 ax,
                 panel.layers,
                 panel.curve_LP,
-                [PROJECTION_STYLE[p] for p in panel.projections],
-                # Signed ones lie on one another.
+                [style_of(p) for p in panel.projections],
+                # Signed curves overlap.
                 band=_FAINT_BAND if zero_line else _BAND,
             )
         own = [panel.curve_LP] if panel.curve_LP is not None else []
@@ -143,7 +144,7 @@ def draw_curves(
     styles: Sequence[Style],
     band: float = _BAND,
 ) -> None:
-    """Curves [L, P] over the layers; their marks do not stand above each other."""
+    """Draws curves [L, P] over the layers; no two have a mark at the same layer."""
     every = max(1, len(layers) // _MARKS)
     for p, style in enumerate(styles):
         if np.isnan(interval.estimate[:, p]).all():
@@ -282,7 +283,7 @@ def _draw_maps(
             cosine_LL, cmap=COSINE_COLOURS, vmin=-bound, vmax=bound, origin="lower",
             interpolation="none",
         )  # fmt: skip
-        head(ax, PROJECTION_STYLE[name].title)
+        head(ax, style_of(name).title)
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
         places = np.unique(np.linspace(0, len(layers) - 1, 4).round().astype(int))
@@ -304,11 +305,11 @@ def _draw_cosines(figure: Figure, spec: SubplotSpec, similarity: Similarity) -> 
     layers = similarity.layers
     parts = []
     if similarity.adjacent_LP is not None:
-        styles = [PROJECTION_STYLE[name] for name in similarity.projections]
+        styles = [style_of(name) for name in similarity.projections]
         parts.append(("Neighbours: layers i, i + 1", layers[:-1], similarity.adjacent_LP, styles))
     if similarity.partner_L2 is not None:
         # A pair is drawn as its second partner: V and O, whose gradients share the values' path.
-        pairs = [PROJECTION_STYLE[other] for _, other in PARTNERS]
+        pairs = [style_of(other) for _, other in PARTNER_PAIRS]
         parts.append(("Partners in a layer", layers, similarity.partner_L2, pairs))
     grid_spec = spec.subgridspec(1, len(parts))
     for j, (title, at, interval, styles) in enumerate(parts):
@@ -322,15 +323,17 @@ def _draw_cosines(figure: Figure, spec: SubplotSpec, similarity: Similarity) -> 
             ax.set_ylabel("mean cosine")
         if at is layers:
             for line in ax.get_lines():
-                names = {PROJECTION_STYLE[b].title: f"{PROJECTION_STYLE[a].title} with "
-                         f"{PROJECTION_STYLE[b].title}" for a, b in PARTNERS}  # fmt: skip
+                names = {
+                    style_of(b).title: f"{style_of(a).title} with {style_of(b).title}"
+                    for a, b in PARTNER_PAIRS
+                }
                 if str(line.get_label()) in names:
                     line.set_label(names[str(line.get_label())])
             ax.legend(loc="best", handlelength=2.4, borderaxespad=0.1)
 
 
 def _points(ax: Axes, panel: Points, floor: float, *, horizontal: bool) -> None:
-    """Points dodged about their group's place; a whisker to zero ends at the floor with an arrow."""
+    """Draws a group's points side by side. A whisker that goes below the floor ends there in an arrow."""
     count = len(panel.projections)
     for g, (_, interval, hollow) in enumerate(panel.groups):
         if interval is None:
@@ -342,7 +345,7 @@ def _points(ax: Axes, panel: Points, floor: float, *, horizontal: bool) -> None:
             )  # fmt: skip
             continue
         for p, name in enumerate(panel.projections):
-            style = PROJECTION_STYLE[name]
+            style = style_of(name)
             place = g + (p - (count - 1) / 2) * 0.66 / max(count, 3)
             ends = np.array([interval.low[p], interval.high[p]])
             reaches = ends[0] < floor
@@ -362,8 +365,7 @@ def _points(ax: Axes, panel: Points, floor: float, *, horizontal: bool) -> None:
 
 
 def _styles(names: Iterable[str]) -> list[Style]:
-    found = set(names)
-    return [style for name, style in PROJECTION_STYLE.items() if name in found]
+    return list(styles_of(names).values())
 
 
 def _range(intervals: Sequence[Interval], signed: bool) -> tuple[float, float]:
@@ -378,7 +380,7 @@ def _range(intervals: Sequence[Interval], signed: bool) -> tuple[float, float]:
 
 
 def _log_range(intervals: Sequence[Interval | None]) -> tuple[float, float]:
-    """Of the estimates and, as far as they are within a decade below them, the limits."""
+    """The range of the estimates, and of those limits that are not far below all of them."""
     there = [interval for interval in intervals if interval is not None]
     estimates = np.concatenate([np.ravel(i.estimate) for i in there] or [np.empty(0)])
     limits = np.concatenate(

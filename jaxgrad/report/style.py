@@ -1,12 +1,14 @@
-"""How projections and statistics look and what they are called, in figures and on the page alike."""
+"""How projections look and what losses are called, in figures and on the page alike."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from zlib import crc32
 
-# Okabe & Ito's palette: told apart with every common kind of colour blindness. Their yellow is left
-# out: on white paper it cannot be seen.
+from jaxgrad.results.losses import RESPONSE_MEAN, RESPONSE_SUM
+
+# Okabe & Ito's palette: it can be told apart with every common kind of colour blindness. Their yellow is
+# left out: it cannot be seen on white paper.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
@@ -44,20 +46,6 @@ class Style:
         return ",".join(f"{length * width:g}px" for length in self.dash) or "solid"
 
 
-class StatisticName(NamedTuple):
-    """What people call a statistic of `jaxgrad.analysis.STATISTICS`.
-
-    Attributes:
-        title: For headings.
-        axis: For axes.
-        definition: One sentence, plain text.
-    """
-
-    title: str
-    axis: str
-    definition: str
-
-
 PROJECTION_STYLE: Mapping[str, Style] = MappingProxyType(
     {
         "q": Style("Q", BLUE, (), "o", "circle"),
@@ -70,40 +58,57 @@ PROJECTION_STYLE: Mapping[str, Style] = MappingProxyType(
     }
 )
 
-STATISTIC_NAMES: Mapping[str, StatisticName] = MappingProxyType(
-    {
-        "nuclear_norm": StatisticName(
-            "Nuclear norm",
-            "nuclear norm",
-            "Sum of the singular values of one example's gradient of the mean loss of its "
-            "response tokens.",
-        ),
-        "sigma_ratio": StatisticName(
-            "Share of the largest singular value",
-            "σ₁ / nuclear norm",
-            "Largest singular value over the nuclear norm: 1 where the gradient has rank one.",
-        ),
-        "effective_rank": StatisticName(
-            "Effective rank",
-            "effective rank",
-            "exp of the entropy of the singular values, taken as shares of their sum: how many "
-            "directions the gradient has.",
-        ),
-        "effective_rank_fraction": StatisticName(
-            "Effective rank, share of its ceiling",
-            "effective rank / ceiling",
-            "Effective rank over the largest rank that the matrix and the number of tokens allow.",
-        ),
-        "loss_normalised_norm": StatisticName(
-            "Nuclear norm per loss",
-            "nuclear norm / loss",
-            "Nuclear norm over the example's mean loss.",
-        ),
-        "sum_loss_norm": StatisticName(
-            "Nuclear norm of the summed loss",
-            "nuclear norm, summed loss",
-            "Nuclear norm times the number of response tokens: that of the gradient of the summed "
-            "loss.",
-        ),
-    }
-)
+# Experts and parts have the colour of their projection and one of these each.
+_DASHES = tuple(style.dash for style in PROJECTION_STYLE.values())
+_MARKERS = tuple((style.marker, style.symbol) for style in PROJECTION_STYLE.values())
+
+
+def style_of(word: str) -> Style:
+    """The style of a matrix of a layer, by its address: "q", "up.3", "q.lora_A".
+
+    The same word always has the same style. Two experts may look alike: there are more experts than dashes.
+    """
+    name, *rest = word.split(".")
+    whole = PROJECTION_STYLE[name]
+    if not rest:
+        return whole
+    number = sum(int(part) if part.isdigit() else crc32(part.encode()) for part in rest)
+    marker, symbol = _MARKERS[number % len(_MARKERS)]
+    dash = _DASHES[number % len(_DASHES)]
+    return Style(" ".join((whole.title, *rest)), whole.colour, dash, marker, symbol)
+
+
+def styles_of(words: Iterable[str]) -> dict[str, Style]:
+    """The styles of several, each once, in the order of a layer."""
+    return {word: style_of(word) for word in sorted(set(words), key=_in_layer)}
+
+
+def _in_layer(word: str) -> tuple[int, list[tuple[bool, int, str]]]:
+    """Sorts by projection, then numbers by size and before names."""
+    name, *rest = word.split(".")
+    parts = [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in rest]
+    return list(PROJECTION_STYLE).index(name), parts
+
+
+@dataclass(frozen=True)
+class LossWords:
+    """How texts speak of a loss.
+
+    Attributes:
+        phrase: After "the gradient of the": "mean loss of its response tokens".
+        unit: Of its values; "" where it is not known here.
+        measured: What a plain norm is called beside one whose length is taken out.
+    """
+
+    phrase: str
+    unit: str
+    measured: str
+
+
+def loss_words(loss: str) -> LossWords:
+    """The words for a loss, by its name in --loss."""
+    if loss == RESPONSE_MEAN:
+        return LossWords("mean loss of its response tokens", "nats per response token", "mean loss")
+    if loss == RESPONSE_SUM:
+        return LossWords("summed loss of its response tokens", "nats", "as measured")
+    return LossWords(f"loss {loss}", "", "as measured")

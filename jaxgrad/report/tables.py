@@ -62,7 +62,7 @@ Value = str | Number
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, and the name of the group that it stands in."""
+    """A column: its name, and the group that it belongs to."""
 
     name: str
     group: str = ""
@@ -76,7 +76,7 @@ class Table:
         name: Stem of its files.
         title: Heading.
         caption: What stands in it and how it was made.
-        columns: In order; those of a group stand together.
+        columns: In order; those of a group are neighbours.
         rows: As many values as columns each.
     """
 
@@ -92,7 +92,7 @@ class Table:
 
 
 def compact(table: Table) -> Table:
-    """A table for the eye: without the column of models where there is one model alone."""
+    """A table for people: without the column of models where there is only one."""
     keep = [
         place
         for place, column in enumerate(table.columns)
@@ -128,13 +128,8 @@ def written(value: float, form: Form = "number") -> str:
     return f"{value:.2e}"
 
 
-def text_of(value: Value) -> str:
-    """A value of a table as text."""
-    return value if isinstance(value, str) else value.text
-
-
 def as_markdown(table: Table) -> str:
-    """GitHub's Markdown: title, table, caption. Groups stand in the columns' names. See `compact`."""
+    """GitHub's Markdown: title, `compact` table, caption. A column's name begins with its group's."""
     table = compact(table)
     head = [f"{c.group} {c.name}".strip() for c in table.columns]
     numeric = [_is_numeric(table, place) for place in range(len(head))]
@@ -149,7 +144,7 @@ def as_markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """Comma-separated, full precision; a number with limits takes three columns: x, x low, x high."""
+    """Comma-separated, full precision. A number with limits has three columns: x, x low, x high."""
     limits = [any(_has_limits(row[c]) for row in table.rows) for c in range(len(table.columns))]
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What becomes of a contrast under a control: it stands, is not shown, or turns round."""
+"""What happens to a contrast under a control: it stands, is not shown, or turns round."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,18 +7,18 @@ import numpy as np
 
 from jaxgrad.analysis import Contrast, Interval
 from jaxgrad.analysis.resampling import FEW_EXAMPLES
-from jaxgrad.report.comparisons import NORM, SUM_LOSS, Comparison
+from jaxgrad.report.comparisons import NORM, Comparison
 
 Verdict = Literal["stands", "not shown", "turns round", "no contrast", "not known"]
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What becomes of one projection's contrast of the nuclear norm.
+    """What happens to one projection's contrast of the nuclear norm.
 
     Attributes:
-        direction: Of the contrast: -1 where the second's norm is smaller, 1 where it is larger, 0
-            where its interval holds no difference.
+        direction: Of the contrast: -1 where the second's norm is smaller, 1 where it is larger, 0 where
+            the interval of the difference holds zero.
         sum_loss, matched, regression: Under each control for length.
         leakage: Without the leaked pairs.
     """
@@ -36,7 +36,7 @@ class Verdicts:
 
 
 def direction(interval: Interval | None, p: int, no_difference: float = 0.0) -> int | None:
-    """On which side of no difference the interval of a component [P] lies.
+    """On which side of "no difference" the interval of a component [P] lies.
 
     | interval | result |
     |---|---|
@@ -53,12 +53,12 @@ def direction(interval: Interval | None, p: int, no_difference: float = 0.0) -> 
 
 
 def judge(of_contrast: int | None, under_control: int | None) -> Verdict:
-    """One direction against the other.
+    """The verdict from two directions: of the contrast, and of the contrast under the control.
 
     | contrast | control | verdict |
     |---|---|---|
     | not known | any | not known |
-    | 0 | any | no contrast: there is nothing to stand or fall |
+    | 0 | any | no contrast: there is nothing to control |
     | -1 or 1 | not known | not known |
     | -1 or 1 | the same | stands |
     | -1 or 1 | 0 | not shown |
@@ -76,7 +76,7 @@ def judge(of_contrast: int | None, under_control: int | None) -> Verdict:
 
 
 def verdict_of(comparison: Comparison, p: int) -> Verdicts:
-    """What becomes of projection `p`'s contrast of the nuclear norm."""
+    """What happens to projection `p`'s contrast of the nuclear norm."""
     contrast = comparison.contrasts[NORM]
     found = direction(contrast.difference_P, p)
 
@@ -87,7 +87,7 @@ def verdict_of(comparison: Comparison, p: int) -> Verdicts:
     adjusted = regression.adjusted_P if regression and regression_decides(comparison) else None
     return Verdicts(
         direction=found or 0,
-        sum_loss=under(comparison.contrasts.get(SUM_LOSS)),
+        sum_loss=under(comparison.summed),
         matched=under(comparison.matched if matching_decides(comparison) else None),
         regression=judge(found, direction(adjusted, p)),
         leakage=under(None if leakage is None else leakage.without),
@@ -95,12 +95,12 @@ def verdict_of(comparison: Comparison, p: int) -> Verdicts:
 
 
 def matching_decides(comparison: Comparison) -> bool:
-    """Whether enough examples have a partner of their length for an interval to mean something."""
+    """Whether enough examples have a partner of their length for a meaningful interval."""
     return comparison.match is not None and len(comparison.match.pairs) >= FEW_EXAMPLES
 
 
 def regression_decides(comparison: Comparison) -> bool:
-    """Whether enough examples have a length that the other set has too; else it extrapolates."""
+    """Whether enough examples are within the other set's range of lengths; else it extrapolates."""
     found = comparison.regression
     if found is None:
         return False

@@ -1,8 +1,17 @@
-"""Results: what a run measured, on disk as it goes, read back as tables, in the authors' form.
+"""Results: what a run measured. It is written while the run goes on, and read back as tables.
 
-`columns` declares the tables, `schema` makes them, `layout` the files of a run directory and how they are known to be whole,
-`store` writes and resumes one, `read` reads one, `authors` turns it into the authors' JSONL and back.
-`storage` is where the files are, on a local disk (`files`) or in an object store, which needs a `lease`.
+| module | what it does |
+|---|---|
+| `columns` | declares every column |
+| `schema` | makes the two tables, and their bytes |
+| `layout` | the files of a run directory, and how damage is found |
+| `store` | writes and continues a run |
+| `read` | reads a run into pandas |
+| `storage` | a run directory on a local disk (`files`) or in an object store (with a `lease`) |
+| `urls` | tells paths from URLs |
+| `authors`, `authors_cosines` | the authors' JSONL, written and read |
+| `losses` | which loss a run is of |
+| `provenance` | what wrote a result |
 """
 
 from jaxgrad.results.authors import read_authors_jsonl, write_authors_jsonl

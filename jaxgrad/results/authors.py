@@ -1,7 +1,8 @@
 """The authors' JSONL, field for field.
 
-One line a measured example: instruction, output, loss, then one object a matrix under its Hugging
-Face parameter name, layers in order and q, k, v, o (gate, up, down) inside a layer, lm_head last:
+One line for each measured example: instruction, output, loss, then one object for each matrix under its
+Hugging Face parameter name. Layers are in order, inside a layer q, k, v, o (gate, up, down). lm_head is
+last.
 
 | in the file | here |
 |---|---|
@@ -12,9 +13,10 @@ Face parameter name, layers in order and q, k, v, o (gate, up, down) inside a la
 
 The form with S_list ends in the similarities, where they were measured: see `authors_cosines`.
 
-The files do not say how they were made. Model, protocol, tokens, what was cut or could not be measured
-and how many layers the model has are unknown of a run that is read from one; an example of theirs is
-named by its place among the measured ones.
+The files hold gradients of the mean loss over the response, by whole weights. They have no name for another
+loss, an expert or a part of a weight. They do not say how they were made either: of a run that is read from
+one, the model, its number of layers, the protocol, the tokens and the skipped examples are unknown. Its
+examples are numbered as they stand in the file.
 """
 
 import json
@@ -29,13 +31,14 @@ import pandas as pd
 import pyarrow as pa
 
 from jaxgrad.errors import UserError
-from jaxgrad.projections import PROJECTION_NAMES
+from jaxgrad.projections import ATTENTION, HEAD, MLP, PROJECTION_NAMES, MatrixAddress
 from jaxgrad.results.authors_cosines import FIELDS, cosine_fields, number_array, read_cosines
+from jaxgrad.results.losses import RESPONSE_MEAN, loss_of
 from jaxgrad.results.read import Results, results_of
 from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, storable
-from jaxgrad.results.storage import atomic_place
+from jaxgrad.results.storage import atomic_file_at
 
-_BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
+_BLOCKS = dict.fromkeys(ATTENTION, "self_attn") | dict.fromkeys(MLP, "mlp")
 _ENTRIES = {
     "M_mean": "entry_mean",
     "M_max": "entry_max",
@@ -44,7 +47,8 @@ _ENTRIES = {
 }
 _SUMMARY = {"S_sum": "nuclear_norm", "S_max": "sigma_max", "S_min": "sigma_min"}
 _PARAMETER = re.compile(
-    r"model\.layers\.(0|[1-9][0-9]{0,5})\.(?:self_attn\.([qkvo])|mlp\.(gate|up|down))_proj\.weight"
+    r"model\.layers\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<block>\w+)\.(?P<name>\w+)_proj\.weight",
+    re.ASCII,
 )
 # Below it the follow-up paper's scripts leave the effective rank out.
 _LEAST_NUCLEAR_NORM = 1e-12
@@ -65,16 +69,35 @@ def write_authors_jsonl(
         The number of lines.
 
     Raises:
-        UserError: A statistic the form needs was not measured, or the file cannot be written.
+        UserError: The run's loss is another, it has experts or parts of weights, a statistic that the
+            form needs was not measured, or the file cannot be written.
     """
     parts = [results] if isinstance(results, Results) else results
     count = 0
-    with atomic_place(path) as file:
+    with atomic_file_at(path) as file:
         for part in parts:
+            refuse_other_loss(loss_of(part.run))
             for record in _records(part, with_spectrum):
                 file.write(json.dumps(record).encode() + b"\n")
                 count += 1
     return count
+
+
+def refuse_other_loss(loss: str) -> None:
+    """Refuses what these files cannot hold, before anything is computed or written.
+
+    Args:
+        loss: A name as --loss takes it; of a run, what `loss_of` says.
+
+    Raises:
+        UserError: It is not the mean over the response.
+    """
+    if loss != RESPONSE_MEAN:
+        raise UserError(
+            "The authors' files hold gradients of the mean loss over the response "
+            f"(--loss={RESPONSE_MEAN}), not of --loss={loss}. Keep the run's Parquet files, or measure with "
+            f"--loss={RESPONSE_MEAN}."
+        )
 
 
 def _records(results: Results, with_spectrum: bool) -> Iterator[dict[str, Any]]:
@@ -84,7 +107,7 @@ def _records(results: Results, with_spectrum: bool) -> Iterator[dict[str, Any]]:
         record = {"instruction": example["instruction"], "output": example["response"]}
         record["loss"] = float(example["loss"])
         rows = matrices.get(example["example_index"], results.matrices[:0]).to_dict("records")
-        rows.sort(key=_place)
+        rows.sort(key=_order)
         for row in rows:
             record[_parameter_name(row)] = _statistics(row, with_spectrum)
         if with_spectrum:
@@ -92,16 +115,23 @@ def _records(results: Results, with_spectrum: bool) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _place(row: dict[str, Any]) -> tuple[float, int]:
+def _order(row: dict[str, Any]) -> tuple:
+    """Sorts an example's rows; refuses those that have no name in these files."""
     _parameter_name(row)
-    layer = math.inf if row["projection"] == "lm_head" else int(row["layer"])
-    return layer, PROJECTION_NAMES.index(row["projection"])
+    layer = None if row["projection"] == HEAD else int(row["layer"])
+    return MatrixAddress(layer, row["projection"]).order
 
 
 def _parameter_name(row: dict[str, Any]) -> str:
     projection = row["projection"]
-    if projection == "lm_head":
-        return "lm_head.weight"
+    for what in ("expert", "part"):
+        if not pd.isna(row.get(what)):
+            raise UserError(
+                f"The authors' files have no name for an expert or a part of a weight: this run has "
+                f"{what} {row[what]} of {projection}. Keep the run's Parquet files."
+            )
+    if projection == HEAD:
+        return f"{HEAD}.weight"
     if projection not in _BLOCKS:
         raise UserError(
             f"The authors' files have no name for the projection {projection!r}; "
@@ -129,7 +159,7 @@ def _statistics(row: dict[str, Any], with_spectrum: bool) -> dict[str, Any]:
     if with_spectrum:
         spectrum = [float(value) for value in row["singular_values"]]
         if not pd.isna(row["rows"]) and not pd.isna(row["cols"]):
-            # Stored spectra stop at the rank bound; the authors' SVD goes on to the short side.
+            # Ours end at the rank bound. The authors' SVD has min(rows, cols) values: the rest are zero.
             spectrum += [0.0] * (min(row["rows"], row["cols"]) - len(spectrum))
         statistics["S_list"] = spectrum
     return statistics
@@ -138,14 +168,14 @@ def _statistics(row: dict[str, Any], with_spectrum: bool) -> dict[str, Any]:
 def read_authors_jsonl(path: str | Path, *, with_spectrum: bool = True) -> Results:
     """Reads a file of either form; what it does not have is null.
 
-    An example's index is its place among the records, its id the same as text. From S_list come
-    singular_values, nuclear_norm, sigma_max, sigma_min and effective_rank (exp of the entropy; null
-    when the nuclear norm is below 1e-12). An example with a number that is not finite has the
-    status non_finite.
+    Examples are numbered as they stand in the file; an example's id is its number as text. From S_list
+    come singular_values, nuclear_norm, sigma_max, sigma_min and effective_rank (exp of the entropy; null
+    when the nuclear norm is below 1e-12). An example with a number that is not finite has the status
+    non_finite.
 
     Args:
         path: The file.
-        with_spectrum: Keep S_list as singular_values, up to 4096 numbers a matrix for a model of 7B.
+        with_spectrum: Keep S_list as singular_values. A 7B model has up to 4096 of them a matrix.
 
     Raises:
         UserError: The file cannot be read, has no record, or a line is not such a record; the line
@@ -234,14 +264,16 @@ def _number(where: str, record: dict[str, Any], name: str) -> float:
 
 def _matrix_row(where: str, name: str, entry: Any) -> dict[str, Any]:
     match = _PARAMETER.fullmatch(name)
-    if not isinstance(entry, dict) or not (match or name == "lm_head.weight"):
+    if match and _BLOCKS.get(match["name"]) != match["block"]:
+        match = None
+    if not isinstance(entry, dict) or not (match or name == f"{HEAD}.weight"):
         raise UserError(f"{where}: neither a known field nor a known weight with its statistics.")
     unknown = sorted(set(entry) - {*_ENTRIES, *_SUMMARY, "S_list"})
     if unknown:
         raise UserError(f"{where}: no such statistic: {', '.join(unknown)}.")
-    row: dict[str, Any] = {"layer": None, "projection": "lm_head"}
+    row: dict[str, Any] = {"layer": None, "projection": HEAD}
     if match:
-        row = {"layer": int(match[1]), "projection": match[2] or match[3]}
+        row = {"layer": int(match["layer"]), "projection": match["name"]}
     for field, column in (_ENTRIES | _SUMMARY).items():
         if field in entry:
             row[column] = _number(where, entry, field)

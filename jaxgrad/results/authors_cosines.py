@@ -10,9 +10,9 @@
 | k_proj_x_v_proj of a layer | partner_cosine of its k and of its v |
 | a projection or a pair that is not there | null: not measured |
 
-Their cosine with a zero gradient is 0, by a small number added to the denominator; ours is undefined.
-So it is written as 0, and read as undefined where the record says that a gradient is zero. Only q, k,
-v and o have a place in these fields.
+The cosine with a zero gradient is 0 in their files (they add a small number to the denominator) and
+undefined in ours. It is written as 0. It is read as undefined where the record has a gradient of zero. Only
+q, k, v and o stand in these fields.
 """
 
 import math
@@ -23,23 +23,24 @@ import numpy as np
 import pandas as pd
 
 from jaxgrad.errors import UserError
+from jaxgrad.projections import ATTENTION, PARTNER_PAIRS
 
 FIELDS = ("cosine_sim", "cosine_sim_qkvo")
-_NAMES = {f"{name}_proj": name for name in "qkvo"}
-_PAIRS = {"q_proj_x_o_proj": ("q", "o"), "k_proj_x_v_proj": ("k", "v")}
+_NAMES = {f"{name}_proj": name for name in ATTENTION}
+_PAIRS = {f"{one}_proj_x_{other}_proj": (one, other) for one, other in PARTNER_PAIRS}
 
 # Row of the matrices table by (projection, layer).
 Rows = Mapping[tuple[str, int], dict[str, Any]]
 
 
 def cosine_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Both fields of one record; none where the example has no cosine.
+    """Both fields of one record; an empty dictionary where the example has no cosine.
 
     Args:
         rows: The example's rows of the matrices table, layers ascending.
 
     Raises:
-        UserError: A matrix has not as many cosines as its projection has layers.
+        UserError: A matrix does not have one cosine for each layer of its projection.
     """
     attention = [row for row in rows if row["projection"] in _NAMES.values()]
     pairs_measured = any(not pd.isna(row["partner_cosine"]) for row in attention)
@@ -72,11 +73,12 @@ def cosine_fields(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _written_matrix(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    if any(len(row["layer_cosines"]) != len(rows) for row in rows):
-        raise UserError(
-            f"Example {rows[0]['example_index']} has not one cosine for each of its {len(rows)} "
-            f"layers of {rows[0]['projection']}. Analyze the data again."
-        )
+    for row in rows:
+        if len(row["layer_cosines"]) != len(rows):
+            raise UserError(
+                f"Example {row['example_index']} has {len(row['layer_cosines'])} cosines of a matrix of "
+                f"{row['projection']}, for {len(rows)} layers. Analyze the data again."
+            )
     cosine_LL = np.array([row["layer_cosines"] for row in rows], np.float64)
     zero_L = np.array([_is_zero(row) for row in rows])
     cosine_LL[np.isnan(cosine_LL) & (zero_L[:, None] | zero_L)] = 0.0
@@ -89,7 +91,7 @@ def read_cosines(where: str, record: Mapping[str, Any], rows: Rows) -> list[str]
     Args:
         where: File and line, for messages.
         record: The record; it may have either field, or none.
-        rows: Its matrices' rows, which gain the two columns.
+        rows: Its matrices' rows; the two columns are added to them.
 
     Returns:
         The fields that hold an infinite number.
@@ -133,7 +135,7 @@ def _read_over_layers(where: str, value: dict[str, Any], rows: Rows) -> bool:
 
 def _read_in_layers(where: str, value: dict[str, Any], rows: Rows) -> bool:
     finite = True
-    # The file's layers are texts: a text that is no layer's finds nothing.
+    # Layers are texts in the file. A text that names no layer finds nothing.
     place = {(projection, str(layer)): row for (projection, layer), row in rows.items()}
     for layer, entry in value.items():
         if not isinstance(entry, dict) or not set(entry) <= set(_PAIRS):
@@ -156,7 +158,7 @@ def _read_in_layers(where: str, value: dict[str, Any], rows: Rows) -> bool:
 
 
 def number_array(values: Any) -> np.ndarray | None:
-    """JSON lists of numbers as float64; None where something else is in them or they are ragged."""
+    """JSON lists of numbers as float64; None where they hold something else or differ in length."""
     if not isinstance(values, list):
         return None
     try:

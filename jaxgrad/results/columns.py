@@ -34,6 +34,7 @@ class Column:
         length_column: of a list, the column that says how many of its numbers are kept; None for all.
         title: for headings; the name in words where it is not given.
         axis: for the axis of a figure; the title in lower case where it is not given.
+        short: for the head of a narrow column; the axis' where it is not given.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Column:
     length_column: str | None = None
     title: str = ""
     axis: str = ""
+    short: str = ""
 
     @property
     def heading(self) -> str:
@@ -58,14 +60,19 @@ class Column:
         return self.axis or self.heading.lower()
 
     @property
+    def short_label(self) -> str:
+        """What a narrow column of it is called."""
+        return self.short or self.axis_label
+
+    @property
     def is_list(self) -> bool:
         """Whether a row has a list of numbers."""
         return pa.types.is_list(self.type)
 
     @property
     def is_number(self) -> bool:
-        """Whether a row has one number with a fraction: what can be averaged over examples."""
-        return pa.types.is_floating(self.type)
+        """Whether a row has one number."""
+        return pa.types.is_floating(self.type) or pa.types.is_integer(self.type)
 
 
 # Parquet calls a list's inner field "element": the same name here survives the round trip.
@@ -143,18 +150,25 @@ SPECTRA = (
     _number(
         "nuclear_norm",
         PER_WEIGHT,
-        "sum of sigma",
+        "sum of sigma, the singular values of one example's gradient of the run's loss",
         source=PAPER,
-        title="Nuclear norm",
+        short="norm",
     ),
-    _number("sigma_max", PER_WEIGHT, "largest sigma", source=PAPER, axis="σ₁", title="Largest σ"),
+    _number(
+        "sigma_max",
+        PER_WEIGHT,
+        "largest sigma",
+        source=PAPER,
+        title="Largest singular value",
+        axis="σ₁",
+    ),
     _number(
         "sigma_min",
         PER_WEIGHT,
         "smallest of the min(rows, cols) sigma; 0 beyond the rank bound",
         source=PAPER,
+        title="Smallest singular value",
         axis="smallest σ",
-        title="Smallest σ",
     ),
     _number(
         "frobenius_norm", PER_WEIGHT, "square root of the sum of squared entries", source=PAPER
@@ -163,8 +177,9 @@ SPECTRA = (
     _number(
         "effective_rank",
         "",
-        "exp(-sum p ln p), p = sigma / nuclear_norm",
+        "exp(-sum p ln p), p = sigma / nuclear_norm: how many directions the gradient has",
         source=FOLLOW_UP,
+        short="eff. rank",
         null_when="the nuclear norm is below 1e-12",
         nan_is_null=True,
     ),

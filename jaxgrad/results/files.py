@@ -1,4 +1,4 @@
-"""Writing to a local disk so that a kill or a full disk at any moment leaves whole files only."""
+"""Files on a local disk. A kill or a full disk at any moment leaves whole files only."""
 
 import errno
 import fcntl
@@ -13,11 +13,11 @@ from typing import BinaryIO
 
 from jaxgrad.errors import OutputError
 
-# Pandas and Arrow pass over names that start with a dot when they read a folder of parts.
+# Pandas and Arrow skip names that start with a dot when they read a folder of parts.
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
-# The locks this process holds, by real path. A lock belongs to the process and not to an object, so
-# that a run which failed in a notebook can be opened again there.
+# Folders that this process has locked: real path -> open descriptor. The process owns a lock, not an
+# object: a run that failed in a notebook can be opened again there.
 _locks: dict[str, int] = {}
 
 
@@ -32,11 +32,11 @@ def write_error(path: Path, error: OSError) -> OutputError:
         reason = "a file is in the way"
     else:
         reason = error.strerror or str(error)
-    return OutputError(f"Cannot write {path}: {reason}. Choose a place that can be written.")
+    return OutputError(f"Cannot write {path}: {reason}. Choose a directory that can be written.")
 
 
 def temporary_path(path: Path) -> Path:
-    """The name under which a file is written before it gets its own; each process has one of its own."""
+    """Where a file is written before it gets its own name; differs from process to process."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
@@ -46,7 +46,7 @@ def sync_folder(path: Path) -> None:
     try:
         os.fsync(folder)
     except OSError as error:
-        # Some network file systems cannot flush a folder; there is nothing better to do there.
+        # Some network file systems cannot flush a folder. Nothing better can be done there.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -55,10 +55,10 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears under its name whole and on the disk, or not at all.
+    """Opens a file for writing. It appears under its name whole and flushed, or not at all.
 
     Raises:
-        OutputError: It cannot be written; a full disk has its own line.
+        OutputError: It cannot be written. A full disk has a message of its own.
     """
     temporary = temporary_path(path)
     try:
@@ -77,7 +77,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_files(files: Iterable[Path]) -> None:
-    """Removes files, then flushes their folders; one that is gone already is no error.
+    """Removes files, then flushes their folders. A file that is gone already is no error.
 
     Raises:
         OutputError: One cannot be removed.
@@ -99,7 +99,7 @@ def remove_files(files: Iterable[Path]) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Moves a file to another folder of its file system, which is made where it is missing.
+    """Moves a file to another folder of its file system; makes that folder if it is missing.
 
     Raises:
         OutputError: It cannot be moved.
@@ -107,7 +107,7 @@ def move_file(source: Path, target: Path) -> None:
     try:
         os.makedirs(target.parent, exist_ok=True)
         os.replace(source, target)
-        # The new name first: a kill in between leaves both, not neither.
+        # The new name first: a kill between the two leaves both names, not neither.
         sync_folder(target.parent)
         sync_folder(source.parent)
     except OSError as error:
@@ -115,7 +115,7 @@ def move_file(source: Path, target: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none when there is no such folder."""
+    """The names in a folder, sorted; none if there is no such folder."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -123,7 +123,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def temporaries_in(folder: Path) -> list[Path]:
-    """What a killed process left half written in a folder."""
+    """The files in a folder that a killed process left half written."""
     return [folder / name for name in names_in(folder) if _TEMPORARY.fullmatch(name)]
 
 
@@ -133,28 +133,28 @@ def probe_folder(path: Path) -> None:
     Raises:
         OutputError: They cannot.
     """
-    place = path.absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+    existing = path.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
     try:
-        # Without a name where the system can: a kill in here leaves nothing.
-        with tempfile.TemporaryFile(dir=place) as file:
+        # The file has no name if the system can do that: a kill in here leaves nothing.
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(bytes(4096))
     except OSError as error:
         raise write_error(path, error) from error
 
 
 def lock_folder(path: Path) -> bool:
-    """Keeps other processes from writing a folder until `unlock_folder` or the process's end.
+    """Keeps other processes from writing a folder, until `unlock_folder` or the end of this process.
 
     Returns:
-        Whether the file system can lock a folder; some network file systems cannot.
+        Whether the file system can lock a folder. Some network file systems cannot.
 
     Raises:
-        OutputError: Another process holds it.
+        OutputError: Another process has locked it.
     """
-    name = os.path.realpath(path)
-    if name in _locks:
+    real_path = os.path.realpath(path)
+    if real_path in _locks:
         return True
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -167,12 +167,12 @@ def lock_folder(path: Path) -> bool:
     except OSError:
         os.close(folder)
         return False
-    _locks[name] = folder
+    _locks[real_path] = folder
     return True
 
 
 def unlock_folder(path: Path) -> None:
-    """Gives a folder free; harmless when it is not locked."""
+    """Unlocks a folder; harmless if it is not locked."""
     folder = _locks.pop(os.path.realpath(path), None)
     if folder is not None:
         os.close(folder)

@@ -1,15 +1,14 @@
-"""What stands where in a run's directory D, and how it is known to be whole and this run's.
+"""The files of a run's directory D, and how a damaged or foreign one is found.
 
     D/run.json                     identity, sessions, counts, and whether the run is finished
-    D/examples/part-00000.parquet  a finished window's examples
+    D/examples/part-00000.parquet  the examples of a finished window
     D/matrices/part-00000.parquet  and their matrices
-    D/checksums/window-00000.json  SHA-256 of both: with it the window is done
+    D/checksums/window-00000.json  SHA-256 of both parts; the window is done when this file is there
     D/journal/                     batches of windows that are not done
-    D/damaged/                     what was found damaged, set aside
+    D/damaged/                     damaged files, set aside
 
-Everything is bound to the run: the digest of its identity is in every checksum file and in the digest of
-every batch, and so are the numbers of window and batch. A file of another run, or under another name,
-does not fit.
+Checksum files and batches contain a digest of the run's identity and the numbers of window and batch. So a
+file of another run, or under another name, does not fit.
 """
 
 import hashlib
@@ -23,13 +22,16 @@ from typing import Any
 import pyarrow as pa
 
 from jaxgrad.errors import OutputError
+from jaxgrad.options import with_later_options
 from jaxgrad.results import schema
+from jaxgrad.results.columns import EXAMPLES, MATRICES
 from jaxgrad.results.lease import LEASE
 from jaxgrad.results.storage import Storage, open_storage
 
 FORMAT = 2
 RUN = "run.json"
-TABLES = ("examples", "matrices")
+# Table, which is also the folder of its parts -> its columns.
+TABLES = {"examples": EXAMPLES, "matrices": MATRICES}
 FOLDERS = (*TABLES, "checksums", "journal")
 DAMAGED = "damaged"
 AUTHORS_FILE = "authors.jsonl"
@@ -44,10 +46,10 @@ class Damage:
     """A file of D that cannot be used.
 
     Attributes:
-        name: Its name in D.
+        name: Its path in D.
         reason: What is wrong, such as "does not fit its checksum".
-        window: Whose it is.
-        batch: Whose it is; None for a window's part or checksum.
+        window: The window it belongs to.
+        batch: The batch it belongs to; None for a window's part or checksum file.
     """
 
     name: str
@@ -57,34 +59,34 @@ class Damage:
 
 
 def part_name(table: str, window: int) -> str:
-    """A window's part; `table` is one of TABLES."""
+    """The path in D of a window's part; `table` is one of TABLES."""
     return f"{table}/part-{window:05d}.parquet"
 
 
 def checksum_name(window: int) -> str:
-    """The file that says that a window is done."""
+    """The path in D of a window's checksum file. The window is done when this file is there."""
     return f"checksums/window-{window:05d}.json"
 
 
 def batch_name(window: int, batch: int) -> str:
-    """A batch's file in the journal."""
+    """The path in D of a batch's file in the journal."""
     return f"journal/window-{window:05d}-batch-{batch:05d}.batch"
 
 
-def load_run(place: str | Path) -> dict[str, Any] | None:
-    """The content of D/run.json; None when there is no such file.
+def load_run(directory: str | Path) -> dict[str, Any] | None:
+    """The content of D/run.json; None if there is no such file.
 
     Args:
-        place: D, a path or a URL.
+        directory: D, a path or a URL.
 
     Raises:
-        OutputError: It cannot be read, is not a run's or was altered.
+        OutputError: It cannot be read, is not a run's, or was altered.
     """
-    return stored_run(open_storage(place))
+    return stored_run(open_storage(directory))
 
 
 def stored_run(storage: Storage) -> dict[str, Any] | None:
-    """As `load_run`, of an open storage."""
+    """As `load_run`, from D's storage."""
     file = storage.describe(RUN)
     try:
         run = json.loads(storage.read(RUN))
@@ -100,7 +102,8 @@ def stored_run(storage: Storage) -> dict[str, Any] | None:
     ]
     if wrong:
         raise OutputError(
-            f"{file} is not a run's: no proper {', '.join(wrong)}. Give another --output_dir."
+            f"{file} is not a run's: {', '.join(wrong)} missing or of a wrong type. "
+            "Give another --output_dir."
         )
     if run["format"] != FORMAT:
         raise OutputError(
@@ -135,12 +138,12 @@ def _digest(value: Any) -> str:
 
 
 def checksum_bytes(identity: dict[str, Any], window: int, parts: Mapping[str, bytes]) -> bytes:
-    """The file that says that a window is done.
+    """The content of a window's checksum file.
 
     Args:
         identity: The run's.
         window: Its number.
-        parts: Table -> bytes of its part.
+        parts: Table -> bytes of the window's part.
     """
     digests = {table: hashlib.sha256(parts[table]).hexdigest() for table in TABLES}
     content = {"identity": _digest(identity), "window": window, **digests}
@@ -150,7 +153,7 @@ def checksum_bytes(identity: dict[str, Any], window: int, parts: Mapping[str, by
 def encode_batch(
     identity: dict[str, Any], window: int, batch: int, results: Iterable[schema.ExampleResult]
 ) -> bytes:
-    """A batch's file."""
+    """The content of a batch's file."""
     return schema.encode_batch(list(results), _batch_key(identity, window, batch))
 
 
@@ -159,13 +162,13 @@ def _batch_key(identity: dict[str, Any], window: int, batch: int) -> str:
 
 
 def finished_windows(storage: Storage) -> list[int]:
-    """The windows that are done."""
+    """The windows that are done, ascending."""
     matches = map(_CHECKSUM.fullmatch, storage.names("checksums"))
     return sorted(int(match[1]) for match in matches if match)
 
 
 def parts_from(storage: Storage, window: int) -> list[str]:
-    """Parts of this and later windows: names in D."""
+    """The paths in D of the parts of this and later windows."""
     return [
         f"{table}/{match[0]}"
         for table in TABLES
@@ -175,7 +178,7 @@ def parts_from(storage: Storage, window: int) -> list[str]:
 
 
 def journal_batches(storage: Storage) -> dict[tuple[int, int], str]:
-    """The journal's files by (window, batch), in that order; names in D."""
+    """(window, batch) -> the path in D of the batch's file, in that order."""
     matches = [match for match in map(_BATCH.fullmatch, storage.names("journal")) if match]
     return dict(sorted(((int(m[1]), int(m[2])), f"journal/{m[0]}") for m in matches))
 
@@ -186,7 +189,8 @@ def read_batch(
     """The examples and matrices of one journal file.
 
     Raises:
-        OutputError: It is damaged. (FileNotFoundError passes: its window was finished meanwhile.)
+        OutputError: It is damaged.
+        FileNotFoundError: It is gone: its window was finished meanwhile.
     """
     name = batch_name(window, batch)
     try:
@@ -194,14 +198,14 @@ def read_batch(
     except ValueError as error:
         raise OutputError(
             f"{storage.describe(name)} is damaged, or another run's. Run the same analyze command "
-            "again: it computes this batch anew."
+            "again: it computes this batch again."
         ) from error
 
 
 def read_window(
     storage: Storage, identity: dict[str, Any], window: int
 ) -> tuple[dict[str, bytes], list[Damage]]:
-    """The bytes of a window's parts, by table, and what is wrong with them."""
+    """Table -> bytes of the window's part, and what is damaged of the window."""
     name = checksum_name(window)
     parts: dict[str, bytes] = {}
     damage = []
@@ -219,7 +223,7 @@ def read_window(
         elif any(digests.get(key) != value for key, value in ours.items()):
             damage.append(Damage(name, "is another run's, or another window's", window))
     if damage:
-        # Whether its parts are right cannot be said without it.
+        # Without a right checksum file nothing can be said of the parts.
         return parts, damage
     for table in TABLES:
         name = part_name(table, window)
@@ -235,7 +239,7 @@ def read_window(
 
 
 def find_damage(storage: Storage, run: dict[str, Any]) -> Iterator[Damage]:
-    """Reads every part and every batch of D, one after the other, and finds what cannot be used."""
+    """Reads every part and every batch of D, one after the other; yields those that cannot be used."""
     done = set(finished_windows(storage))
     for window in sorted(done | set(range(run["windows"] if run["finished"] else 0))):
         damage = read_window(storage, run["identity"], window)[1]
@@ -248,15 +252,15 @@ def find_damage(storage: Storage, run: dict[str, Any]) -> Iterator[Damage]:
             yield Damage(name, f"{_UNFIT} or is another run's", window, batch)
 
 
-def is_whole(place: str | Path) -> bool:
-    """Whether nothing in a finished run's D is damaged or missing; reads all of it."""
-    storage = open_storage(place)
+def is_whole(directory: str | Path) -> bool:
+    """Whether nothing of a finished run is damaged or missing. Reads all of D, a path or a URL."""
+    storage = open_storage(directory)
     run = stored_run(storage)
     return run is not None and not any(find_damage(storage, run))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Leaves by dotted key, as JSON text: text tells 1 from true, and NaN equals itself."""
+    """Dotted key -> value as JSON text. As text 1 differs from true, and NaN equals NaN."""
     leaves: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -266,15 +270,29 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return leaves
 
 
+def _with_all_options(identity: dict[str, Any]) -> dict[str, Any]:
+    if "options" not in identity:
+        return identity
+    return identity | {"options": with_later_options(identity["options"])}
+
+
 def refuse_other_run(
     storage: Storage, there: dict[str, Any], here: dict[str, Any], *, partial: bool = False
 ) -> None:
-    """Compares identities; with `partial` only the keys that both have.
+    """Compares a run's identity with the one asked for.
+
+    An option that a run leaves out has its default value, see `AnalyzeOptions.identity`.
+
+    Args:
+        storage: D.
+        there: The identity of D's run.
+        here: The identity asked for.
+        partial: Compare only the keys that both have.
 
     Raises:
-        OutputError: They differ; the first differences are named.
+        OutputError: They differ. The message names the first differences.
     """
-    old, new = _flat(there), _flat(here)
+    old, new = _flat(_with_all_options(there)), _flat(_with_all_options(here))
     keys = sorted(old.keys() & new.keys() if partial else old.keys() | new.keys())
     changes = [key for key in keys if old.get(key) != new.get(key)]
     if not changes:
@@ -296,18 +314,18 @@ def refuse_other_run(
 
 
 def refuse_foreign_folder(storage: Storage, identity: dict[str, Any] | None = None) -> None:
-    """Refuses a D with files but no run.json: nothing of the user's may be mixed with ours.
+    """Refuses a D with files but no run.json, so that a run is never mixed with the user's files.
 
-    What a run left that lost its run.json alone is no foreign folder.
+    A run that lost only its run.json is accepted if its checksum files fit the identity.
 
     Args:
         storage: D.
-        identity: Of the run that is to be written; None while it is not known in full.
+        identity: Of the run that will be written; None while it is not known in full.
 
     Raises:
-        OutputError: Something else is there, or the results of a run with other settings.
+        OutputError: Other files are there, or the results of a run with other settings.
     """
-    # A kill during the very first write leaves its temporary alone in D, or the lease.
+    # A kill during the very first write leaves only its temporary, and perhaps the lease.
     names = [
         name
         for name in storage.names()
@@ -326,5 +344,5 @@ def refuse_foreign_folder(storage: Storage, identity: dict[str, Any] | None = No
     if windows and all(any(d.name == checksum_name(d.window) for d in damage) for damage in found):
         raise OutputError(
             f"{storage.describe()} has no run.json, and its results are of a run with other settings. "
-            "Give another --output_dir, or the settings that they were made with."
+            "Give another --output_dir, or the settings of that run."
         )

@@ -1,18 +1,18 @@
-"""A lock for places that have none of their own: an object that its owner renews.
+"""A lease: a lock for file systems that have none, kept as an object that its owner renews.
 
-Object stores, and some network file systems, cannot lock. There the process that writes a run keeps
-`lock.json` in it, with who it is and when it last said so. It says so every 15 s; after 60 s of silence
-it is taken for dead and another may take the lease over. A process that was only asleep finds out before
-it writes again.
+Object stores and some network file systems cannot lock. There the process that writes a run keeps
+`lock.json` beside it, which says who it is and when it last renewed it. It renews every 15 s. After 60 s
+without a renewal the owner counts as dead, and another process may take the lease over. The owner checks
+its lease before it writes, so one that was only suspended notices.
 
 | who comes | finds | what happens |
 |---|---|---|
-| one | nothing | creates the lease, which only one can, and reads it back |
-| another | a lease younger than 60 s | waits; is refused as soon as the owner renews it, which takes 15 s |
-| another | an older or unreadable one | writes its own, waits, has won if its own is still there |
-| the owner, late | another's | is refused when it next writes |
+| a process | no lease | creates it, which only one process can, and reads it back |
+| another | a lease younger than 60 s | waits; refused as soon as the owner renews it, within 15 s |
+| another | an older or unreadable lease | writes its own, waits, and has won if its own is still there |
+| the owner, late | another's lease | refused when it next writes |
 
-So the restart of a run that was killed waits for a minute at most, and needs no second try.
+So the restart of a killed run waits for a minute at most, and needs no second try.
 """
 
 import contextlib
@@ -32,38 +32,39 @@ from jaxgrad.errors import OutputError
 LEASE = "lock.json"
 RENEW_SECONDS = 15.0
 EXPIRE_SECONDS = 60.0
-# Longer than lies between reading a dead owner's lease and writing one's own.
+# Longer than the time between reading a dead owner's lease and writing one's own.
 SETTLE_SECONDS = 2.0
 LOOK_SECONDS = 1.0  # between two looks at whether the owner of a lease is alive
 _log = logging.getLogger(__name__)
 
 
 class Lease:
-    """The right to write a place. It belongs to this object: another one in this process is refused.
+    """The right to write a directory. This object owns it: another one in this process is refused.
 
     Args:
         file_system: One of fsspec's.
         path: Of the lease's object in it.
-        place: What it guards, for messages.
+        directory: What the lease is for, as messages name it.
     """
 
-    def __init__(self, file_system: Any, path: str, place: str) -> None:
-        self._file_system, self._path, self._place = file_system, path, place
+    def __init__(self, file_system: Any, path: str, directory: str) -> None:
+        self._file_system, self._path, self._directory = file_system, path, directory
         self._owner = secrets.token_hex(16)
-        self._renewed = 0.0
-        self._lost: str | None = None
-        self._ended = threading.Event()
-        # The thread that renews must not write after the release.
+        self._renewed = 0.0  # when, by the monotonic clock
+        self._new_owner: str | None = None
+        self._released = threading.Event()
+        # The renewing thread must not write after the release.
         self._guard = threading.Lock()
 
     def acquire(self) -> None:
-        """Takes the lease and keeps it until `release` or the process's end.
+        """Takes the lease, and renews it until `release` or the end of the process.
 
         Raises:
-            OutputError: Another holds it. What the file system raises passes.
+            OutputError: Another process holds it.
+            Exception: What the file system raises passes.
         """
         found = self._read()
-        if found is not None and not self._falls_silent(found):
+        if found is not None and not self._expires(found):
             found = None
         if found is None:
             with contextlib.suppress(FileExistsError):
@@ -71,7 +72,7 @@ class Lease:
         else:
             _log.warning(
                 "the process that was writing %s (%s) has been silent for %.0f s: taken over",
-                self._place,
+                self._directory,
                 _who(found),
                 time.time() - found["time"],
             )
@@ -80,21 +81,22 @@ class Lease:
         winner = self._read()
         if winner is None or winner["owner"] != self._owner:
             raise self._refusal(winner)
-        threading.Thread(target=self._keep, name=f"lease of {self._place}", daemon=True).start()
+        name = f"lease of {self._directory}"
+        threading.Thread(target=self._keep_renewing, name=name, daemon=True).start()
 
-    def _falls_silent(self, found: dict[str, Any]) -> bool:
-        """Waits until a lease is as old as a dead process's; False when it is given free meanwhile.
+    def _expires(self, found: dict[str, Any]) -> bool:
+        """Waits until a lease is 60 s old; False if it is released before that.
 
         Raises:
             OutputError: Its owner renews it.
         """
-        # Of clocks that differ by more no more than this minute is believed.
+        # The owner's clock may be ahead: never wait longer than 60 s.
         left = min(EXPIRE_SECONDS, EXPIRE_SECONDS - (time.time() - found["time"]))
         until = time.monotonic() + left
         if left > 0:
             _log.warning(
                 "%s is being written by %s, or was until that was killed: waiting up to %.0f s to see",
-                self._place,
+                self._directory,
                 _who(found),
                 left,
             )
@@ -108,47 +110,48 @@ class Lease:
         return True
 
     def check(self) -> None:
-        """Makes sure, before something is written, that the lease is still held.
+        """Makes sure that the lease is still held. Called before each write.
 
         Raises:
-            OutputError: It is another's now. What the file system raises passes.
+            OutputError: Another process has it now.
+            Exception: What the file system raises passes.
         """
-        # After a sleep of the machine this thread may be awake before the one that renews.
+        # After the machine was suspended this thread may run before the renewing one.
         if time.monotonic() - self._renewed > EXPIRE_SECONDS / 2:
             self._renew()
-        if self._lost is not None:
+        if self._new_owner is not None:
             raise OutputError(
-                f"Another process took over {self._place} while this one was silent ({self._lost}). "
-                "This one stops; what it recorded is kept."
+                f"Another process took over {self._directory} while this one was silent "
+                f"({self._new_owner}). This one stops; what it recorded is kept."
             )
 
     def release(self) -> None:
-        """Gives the place free; harmless when the lease is not held."""
+        """Removes the lease; harmless if it is not held."""
         with self._guard:
-            if self._ended.is_set():
+            if self._released.is_set():
                 return
-            self._ended.set()
-            # What remains is another's, or expires by itself.
+            self._released.set()
+            # A lease that cannot be removed expires by itself.
             with contextlib.suppress(Exception):
                 found = self._read()
                 if found is not None and found["owner"] == self._owner:
                     self._file_system.rm_file(self._path)
 
-    def _keep(self) -> None:
-        while not self._ended.wait(RENEW_SECONDS):
+    def _keep_renewing(self) -> None:
+        while not self._released.wait(RENEW_SECONDS):
             try:
                 self._renew()
             except Exception as error:
-                # The next attempt may succeed; if none does, `check` says so before a write.
-                _log.info("the lease of %s could not be renewed: %s", self._place, error)
+                # The next try may succeed. If none does, `check` raises before a write.
+                _log.info("the lease of %s could not be renewed: %s", self._directory, error)
 
     def _renew(self) -> None:
         with self._guard:
-            if self._ended.is_set() or self._lost is not None:
+            if self._released.is_set() or self._new_owner is not None:
                 return
             found = self._read()
             if found is not None and found["owner"] != self._owner:
-                self._lost = _who(found)
+                self._new_owner = _who(found)
             else:
                 self._write()
 
@@ -169,7 +172,7 @@ class Lease:
         self._renewed = time.monotonic()
 
     def _read(self) -> dict[str, Any] | None:
-        """The lease that is there; one that cannot be read is nobody's and old."""
+        """The lease that is there, if any. One that cannot be read counts as old and nobody's."""
         kinds = {"owner": str, "host": str, "pid": int, "time": float}
         for _ in range(3):
             try:
@@ -179,7 +182,7 @@ class Lease:
             except ValueError:
                 found = None
             if isinstance(found, dict) and all(
-                isinstance(found.get(name), kind) for name, kind in kinds.items()
+                isinstance(found.get(key), kind) for key, kind in kinds.items()
             ):
                 return found
             # On a network disk it may be seen half written.
@@ -189,7 +192,8 @@ class Lease:
     def _refusal(self, holder: dict[str, Any] | None) -> OutputError:
         who = "" if holder is None else f" ({_who(holder)})"
         return OutputError(
-            f"Another process{who} is writing {self._place}. Wait for it, or give another --output_dir."
+            f"Another process{who} is writing {self._directory}. Wait for it, or give another "
+            "--output_dir."
         )
 
 

@@ -1,4 +1,4 @@
-"""What wrote a result: command, versions, commit."""
+"""What wrote a result: the command, versions, the commit, the machine."""
 
 import importlib.metadata
 import platform
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """What wrote a result: command, versions, commit."""
+    """The command, versions and commit, as run.json has them."""
     packages = ("jaxgrad", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
     return {
         "command": sys.argv,
@@ -21,7 +21,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" when files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+" if files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
@@ -37,6 +37,6 @@ def machine() -> str:
 
 
 def resident_bytes() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The peak memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

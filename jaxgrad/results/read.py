@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxgrad.errors import UserError
-from jaxgrad.results.columns import EXAMPLES, MATRICES, conform
+from jaxgrad.results.columns import conform
 from jaxgrad.results.layout import (
+    TABLES,
     finished_windows,
     journal_batches,
     part_name,
@@ -22,23 +23,30 @@ from jaxgrad.results.layout import (
 from jaxgrad.results.schema import EXAMPLES_SCHEMA, MATRICES_SCHEMA, joined, sort_by_example
 from jaxgrad.results.storage import Storage, open_storage
 
-# One dtype a column, with and without nulls: NumPy's integers and booleans change with a null.
+# A column has the same dtype with and without nulls. NumPy's integers and booleans have no null.
 _NULLABLE = {pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
-_COLUMNS = {"examples": EXAMPLES, "matrices": MATRICES}
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured; `jaxgrad.results.columns` defines the columns.
+    """What was measured. `jaxgrad.results.columns` defines the columns.
 
-    Integers but example_index have pandas' nullable `Int32`, booleans `boolean`; a null in a float
-    column is NaN; a column of lists holds one array or None a row. A column that the files lack (an earlier
-    version wrote them) is null; one that this version does not know is kept.
+    | column | dtype | null |
+    |---|---|---|
+    | example_index | int64 | never |
+    | other integers | pandas' nullable `Int32` | `pd.NA` |
+    | booleans | pandas' nullable `boolean` | `pd.NA` |
+    | floats | float64 | NaN |
+    | lists | object: one array for each row | None |
+    | texts | as pandas reads texts | None or NaN |
+
+    A column that the files lack is null: an earlier version wrote them. A column that this version does not
+    know is kept.
 
     Attributes:
-        run: The content of run.json, or where else the tables come from.
-        examples: One row an example, by example_index.
-        matrices: One row a matrix, by example_index, then as measured.
+        run: The content of run.json, or what is known of the origin of other tables.
+        examples: One row for each example, sorted by example_index.
+        matrices: One row for each matrix, sorted by example_index, then in the order of measuring.
     """
 
     run: dict[str, Any]
@@ -47,21 +55,20 @@ class Results:
 
 
 def results_of(run: dict[str, Any], examples: pa.Table, matrices: pa.Table) -> Results:
-    """Two Arrow tables of the schemas as `Results`."""
+    """The two Arrow tables as `Results`."""
     frames = [table.to_pandas(types_mapper=_NULLABLE.get) for table in (examples, matrices)]
     return Results(run, *frames)
 
 
 def read_results(path: str | Path, *, allow_unfinished: bool = False) -> Results:
-    """Reads a run; every part is held against its checksum.
+    """Reads a run. Every file is checked against its checksum.
 
     Args:
         path: The run directory, or its URL.
-        allow_unfinished: Take what is recorded of an unfinished run, its journal included.
+        allow_unfinished: Of an unfinished run, read what is recorded so far.
 
     Raises:
-        UserError: No run there, a run that is not finished (unless allowed), or a damaged or
-            missing file.
+        UserError: There is no run, it is not finished (unless allowed), or a file is damaged or missing.
     """
     run, windows = _open(path, allow_unfinished)
     pairs = list(windows)
@@ -71,7 +78,7 @@ def read_results(path: str | Path, *, allow_unfinished: bool = False) -> Results
 
 
 def iter_results(path: str | Path, *, allow_unfinished: bool = False) -> Iterator[Results]:
-    """As `read_results`, one window at a time: for runs larger than memory."""
+    """As `read_results`, but one window at a time: for runs larger than memory."""
     run, windows = _open(path, allow_unfinished)
     return (results_of(run, examples, matrices) for examples, matrices in windows)
 
@@ -80,7 +87,7 @@ _Tables = tuple[pa.Table, pa.Table]
 
 
 def _open(path: str | Path, allow_unfinished: bool) -> tuple[dict[str, Any], Iterator[_Tables]]:
-    """The run and its windows' tables; refuses here, not when the first window is asked for."""
+    """The run and its windows' tables. Refuses at once, not when the first window is read."""
     storage = open_storage(path)
     run = stored_run(storage)
     if run is None:
@@ -93,8 +100,8 @@ def _open(path: str | Path, allow_unfinished: bool) -> tuple[dict[str, Any], Ite
         )
     if run["finished"]:
         return run, _windows(storage, run, set(range(run["windows"])), {})
-    # The journal before the parts. A window that is finished meanwhile is in its parts by then, so
-    # reading while the run goes on misses nothing.
+    # The journal before the parts: a window that is finished meanwhile leaves the journal for its parts.
+    # So reading while the run goes on misses nothing.
     journal: dict[int, list[_Tables]] = {}
     for window, batch in journal_batches(storage):
         try:
@@ -121,16 +128,16 @@ def _read_window(storage: Storage, run: dict[str, Any], window: int) -> _Tables:
     if damage:
         raise UserError(
             f"{storage.describe(damage[0].name)} {damage[0].reason}. Run the same analyze command again: "
-            "it sets the file aside and computes its window anew."
+            "it sets the file aside and computes its window again."
         )
     tables = []
-    for name, columns in _COLUMNS.items():
+    for table, columns in TABLES.items():
         try:
-            tables.append(conform(pq.read_table(pa.BufferReader(parts[name])), columns))
+            tables.append(conform(pq.read_table(pa.BufferReader(parts[table])), columns))
         except (pa.ArrowException, ValueError) as error:
             # Its checksum fits, so another version of Arrow or of this program wrote it.
             raise UserError(
-                f"{storage.describe(part_name(name, window))} is whole but cannot be read here "
+                f"{storage.describe(part_name(table, window))} is whole but cannot be read here "
                 f"({error}). Read it with the versions that run.json names."
             ) from error
     return tables[0], tables[1]

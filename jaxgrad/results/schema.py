@@ -1,7 +1,7 @@
-"""The two tables that one run writes, and their bytes; `results.columns` declares what they hold.
+"""The two tables of a run, and their bytes. `results.columns` declares their columns.
 
-`examples` has one row an example of the data file, also for those that could not be measured. `matrices`
-has one row a matrix of an example; an example's rows stay in the order they came in.
+`examples` has one row for each example of the data file, measured or not. `matrices` has one row for each
+matrix of each example; the rows of an example keep their order.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class ExampleResult:
-    """One example's row and its matrices' rows; the fields are the columns of the tables.
+    """One example's row of `examples`, field by field, and its rows of `matrices`.
 
     Attributes:
-        matrices: Columns of the matrices table by name, example_index excepted, all of one length:
-            an array or a list, a missing integer or string as None (or NaN in a float array).
-            A list column is a list of one-dimensional arrays or None, or a matrix. A column
-            that is absent is null. Empty when no matrix was measured.
+        matrices: Column name -> values, one for each matrix: an array or a list. A missing integer or
+            string is None, or NaN in a float array. A column of lists is a list of one-dimensional
+            arrays or None, or a matrix. A column that is not there is null. `example_index` is not
+            among them. Empty if no matrix was measured.
     """
 
     example_index: int
@@ -56,11 +56,10 @@ def examples_table(results: Sequence[ExampleResult]) -> pa.Table:
 
 
 def matrices_table(results: Sequence[ExampleResult]) -> pa.Table:
-    """Rows of the matrices table: example by example, each example's rows in their own order.
+    """Rows of the matrices table, example by example.
 
     Raises:
-        ValueError: A column no schema names, columns of different lengths, or matrices without
-            layer and projection.
+        ValueError: A column is not declared, columns differ in length, or layer or projection is missing.
     """
     tables = [_matrices_of(row) for row in results if row.matrices]
     return pa.concat_tables([MATRICES_SCHEMA.empty_table(), *tables])
@@ -96,36 +95,36 @@ def _matrix_column(column: Column, values: Any) -> pa.Array:
 
 
 def storable(text: str) -> str:
-    """The text without what Arrow refuses."""
-    # A lone surrogate (a broken JSON escape) has no UTF-8 form; one such record must not end a run.
+    """The text, with "?" for each character that Arrow refuses."""
+    # A lone surrogate (from a broken JSON escape) has no UTF-8 form. One such record must not end a run.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def joined(tables: Iterable[pa.Table]) -> pa.Table:
-    """Tables one below the other; a column that only some of them have is null in the others."""
+    """The rows of all tables. A column that only some tables have is null in the others' rows."""
     return pa.concat_tables(tables, promote_options="default")
 
 
 def sort_by_example(table: pa.Table) -> pa.Table:
-    """The rows by example_index; rows of one example keep their order."""
+    """The rows sorted by example_index. Rows of one example keep their order."""
     order = np.argsort(table.column("example_index").to_numpy(), kind="stable")
-    # One chunk: how a table was put together must not show in the bytes of its file.
+    # One chunk, so that the bytes of the file do not depend on how the table was put together.
     return table.take(pa.array(order)).combine_chunks()
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as a Parquet file; the same rows give the same bytes (nothing in them is a time)."""
+    """A table as a Parquet file. The same rows give the same bytes: no time is written."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
 def encode_batch(results: Sequence[ExampleResult], key: str) -> bytes:
-    """One batch as bytes: SHA-256 of the key and the rest, then the two tables as Arrow streams.
+    """One batch as bytes: a SHA-256 digest, then the two tables as Arrow streams.
 
     Args:
         results: The batch's examples.
-        key: Which batch of which run it is; the bytes are good for that one alone.
+        key: Which batch of which run it is. The digest covers it, so the bytes fit no other batch.
     """
     sink = pa.BufferOutputStream()
     for table in (examples_table(results), matrices_table(results)):
@@ -137,15 +136,15 @@ def encode_batch(results: Sequence[ExampleResult], key: str) -> bytes:
 
 def batch_is_whole(data: bytes, key: str) -> bool:
     """Whether `decode_batch` can read these bytes."""
-    # Arrow reads a stream cut between two messages as a shorter table, so the digest has to tell.
+    # Arrow reads a stream that was cut between two messages as a shorter table. The digest finds it.
     return _batch_digest(data[_DIGEST_SIZE:], key) == data[:_DIGEST_SIZE]
 
 
 def decode_batch(data: bytes, key: str) -> tuple[pa.Table, pa.Table]:
-    """The examples and matrices tables of a batch.
+    """A batch's examples and matrices tables.
 
     Raises:
-        ValueError: The bytes are not what `encode_batch` gave for this key.
+        ValueError: The bytes are not what `encode_batch` returned for this key.
     """
     if not batch_is_whole(data, key):
         raise ValueError("the batch is damaged, or not this one: its digest does not fit")

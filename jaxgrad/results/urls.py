@@ -1,4 +1,4 @@
-"""Output directories as paths and as URLs, which no `Path` can stand for."""
+"""Directories as users give them: local paths and URLs. A `Path` cannot hold a URL."""
 
 import re
 from pathlib import Path, PurePath
@@ -8,63 +8,67 @@ import fsspec
 from jaxgrad.errors import UserError
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-# Some of fsspec's calls take these for patterns, versions or chains of file systems.
+# Some of fsspec's calls read these as patterns, versions or chains of file systems.
 NOT_IN_URLS = re.compile(r"[*?\[\]#%\x00-\x1f\x7f]|::|//|(^|/)\.{1,2}(/|$)")
 
 
-def is_url(place: str | Path) -> bool:
-    """Whether a place is one of an object store, so that no `Path` can stand for it."""
-    match = None if isinstance(place, PurePath) else URL.match(place)
+def is_url(location: str | Path) -> bool:
+    """Whether a location is in an object store. A file:// URL is not."""
+    match = None if isinstance(location, PurePath) else URL.match(location)
     return match is not None and match[1].lower() not in ("file", "local")
 
 
-def local_path(place: str | Path) -> Path:
-    """The path of a local place, also of one given as file:///...
+def local_path(location: str | Path) -> Path:
+    """The path of a local location, also of one given as file:///...
 
     Raises:
         UserError: It is not local, or not an absolute file:// URL.
     """
-    if is_url(place):
+    if is_url(location):
         raise UserError(
-            f"{place} is a URL, but reports, and the studies they are of, are written to a local disk: "
-            "give a path. (bin/analyze writes runs to URLs, bin/report and bin/export read them.)"
+            f"{location} is a URL, but reports and studies are written to a local disk: give a path. "
+            "(bin/analyze writes runs to URLs, bin/report and bin/export read them.)"
         )
-    match = None if isinstance(place, PurePath) else URL.match(place)
+    match = None if isinstance(location, PurePath) else URL.match(location)
     if match is None:
-        _refuse_broken_url(place)
-        return Path(place)
+        _refuse_broken_url(location)
+        return Path(location)
     if not match[2].startswith("/"):
-        raise UserError(f"{place} names no local path: write file:///folder, with three slashes.")
+        raise UserError(
+            f"{location} names no local path: write file:///folder, with three slashes."
+        )
     return Path(match[2])
 
 
-def _refuse_broken_url(place: str | Path) -> None:
-    if "://" in str(place):
-        raise UserError(f"{place} is neither a path nor a URL of the form SCHEME://BUCKET/FOLDER.")
-    # Path("gs://bucket/x") is "gs:/bucket/x", and would be made as a folder named "gs:".
-    scheme, colon, rest = str(place).partition(":/")
+def _refuse_broken_url(location: str | Path) -> None:
+    if "://" in str(location):
+        raise UserError(
+            f"{location} is neither a path nor a URL of the form SCHEME://BUCKET/FOLDER."
+        )
+    # Path("gs://bucket/x") is "gs:/bucket/x". It would be made as a folder named "gs:".
+    scheme, colon, rest = str(location).partition(":/")
     if colon and not rest.startswith("/") and scheme in fsspec.available_protocols():
         raise UserError(
-            f"{place} is a URL that lost a slash, as one does that is made a Path: give it as a text, "
-            "SCHEME://BUCKET/FOLDER."
+            f"{location} is a URL that lost a slash, which happens when a URL becomes a Path: give it "
+            "as a string, SCHEME://BUCKET/FOLDER."
         )
 
 
-def place_below(place: str | Path, *names: str) -> str:
-    """A place inside another one.
+def path_below(directory: str | Path, *names: str) -> str:
+    """The path or URL of a file or folder inside a directory.
 
     Args:
-        place: A path or a URL.
-        names: Of a folder or file each, one below the other.
+        directory: A path or a URL.
+        names: Of folders and a file, from the outside in.
 
     Raises:
-        UserError: A name that would lead out of the place, or that an object store may not take.
+        UserError: A name leads out of the directory, or an object store may not take it.
     """
-    url = is_url(place)
+    url = is_url(directory)
     for name in names:
         odd = name in ("", ".", "..") or "/" in name or not name.isprintable()
         if odd or (url and NOT_IN_URLS.search(name)):
-            raise UserError(f"No directory can be named {name!r} in {place}: rename the file.")
+            raise UserError(f"No directory can be named {name!r} in {directory}: rename the file.")
     if url:
-        return "/".join((str(place).rstrip("/"), *names))
-    return str(local_path(place).joinpath(*names))
+        return "/".join((str(directory).rstrip("/"), *names))
+    return str(local_path(directory).joinpath(*names))

@@ -16,8 +16,8 @@ from jaxgrad.errors import UserError
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.results import RunDirectory
 from jaxgrad.results.layout import is_whole, load_run
-from jaxgrad.results.urls import place_below
-from jaxgrad.runs.plan import WINDOW
+from jaxgrad.results.urls import path_below
+from jaxgrad.runs import plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run_directories(
     if len(data_paths) == 1:
         return {data_paths[0]: output_dir}
     directories: dict[str | Path, str | Path] = {
-        path: place_below(output_dir, Path(path).stem) for path in data_paths
+        path: path_below(output_dir, Path(path).stem) for path in data_paths
     }
     if len(set(directories.values())) < len(data_paths):
         raise UserError(
@@ -90,7 +90,7 @@ def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> di
         del asked["batch_tokens"]
     if options.layerwise == "auto":
         del asked["layerwise"]
-    return {"data": {"start": start, "limit": limit}, "options": asked, "window": WINDOW}
+    return {"data": {"start": start, "limit": limit}, "options": asked, "window": plan.WINDOW}
 
 
 def finished_before(output_dir: str | Path, checkpoint: Checkpoint) -> dict[str, Any] | None:

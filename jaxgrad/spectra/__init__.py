@@ -1,8 +1,7 @@
-"""Spectra: factors or matrices of one gradient -> numbers by the names of their columns.
+"""Spectra: one gradient's factors or matrix -> numbers, by the names of their columns.
 
-`linalg` (factorizations that are safe where they run) -> `algorithms` (singular values of D^T X, and
-which way to take them) -> `statistics` (numbers from singular values, and the entries' statistics);
-`similarity` (cosines between gradients, by tiles).
+`linalg`, `products` (matrix functions) -> `algorithms` (singular values of D^T X) -> `statistics` (numbers
+from singular values and entries); `similarity` (cosines between gradients).
 """
 
 from jaxgrad.spectra.algorithms import Algorithm, choose_algorithm

@@ -1,14 +1,14 @@
-"""Singular values of G = D^T X from its factors, and which algorithm to take where.
+"""Singular values of G = D^T X from its factors, and the choice of the algorithm.
 
-| algorithm | what it does | largest relative error seen (nuclear norm, effective rank) |
+| algorithm | steps | largest relative error seen (nuclear norm, effective rank) |
 |---|---|---|
-| qr | QR of X^T and D^T, values of the T x T core R_D R_X^T | 3e-7, 5e-6 in float32 |
+| qr | QR of X^T and D^T, SVD of the T x T core R_D R_X^T | 3e-7, 5e-6 in float32 |
 | gram | float64: X X^T = L L^T, eigenvalues of L^T (D D^T) L | 2e-7, 3e-6 |
-| build | G itself, values on its short side | 9e-7, 1e-5 in float32; 600 equal tokens: 1.4e-5, 2e-4 |
-| build_gram | G in float64, eigenvalues of its Gram matrix on the short side | 2e-7, 4e-6; 1.1e-6, 2.1e-5 |
+| build | build G, SVD | 9e-7, 1e-5 in float32; 600 equal tokens: 1.4e-5, 2e-4 |
+| build_gram | build G in float64, eigenvalues of its smaller Gram matrix | 2e-7, 4e-6; 1.1e-6, 2.1e-5 |
 
-The errors are against float64 singular values, on real factors. `build` is for float64 and for TPUs.
-Float32 Gram matrices lose the tail (7e-3 on the nuclear norm) and are not offered.
+Errors are against float64 singular values, on real factors. `build` is for float64 and for TPUs. Float32
+Gram matrices lose the tail of the spectrum (7e-3 on the nuclear norm) and are not offered.
 """
 
 from typing import Literal
@@ -26,8 +26,8 @@ from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix, upper_prod
 
 Algorithm = Literal["qr", "gram", "build", "build_gram"]
 
-# Where the float64 Gram matrix beats a float32 QR on a CPU: from this width on (1.1 to 1.2 times at 1536
-# and 4096, T = 256), and up to so many tokens (1.05 times at 192; the QR is 1.15 times faster at 256).
+# On a CPU a float64 Gram matrix is faster than a float32 QR from this width on (1.1 to 1.2 times at 1536
+# and 4096, T = 256), and up to so many tokens (1.05 times at 192; at 256 the QR is 1.15 times faster).
 CPU_GRAM_WIDTH = 1024
 CPU_GRAM_TOKENS = 224
 
@@ -41,18 +41,18 @@ def choose_algorithm(
     method: str = "auto",
     is_float64: bool = False,
 ) -> Algorithm:
-    """The algorithm for one projection, by shape and backend.
+    """The fastest accurate algorithm for one projection, by shape and backend.
 
     Args:
         num_tokens: T, rows of the factors, padding included.
         num_out: O, rows of G.
         num_in: I, columns of G.
         backend: "cpu", "gpu" or "tpu".
-        method: "auto", or "factored" for never building G.
-        is_float64: whether the factors are float64. A Gram matrix squares, so a float64 one keeps all
-            digits of float32 factors, but half of those of float64 ones: there none is used.
+        method: "auto", or "factored" to never build G.
+        is_float64: whether the factors are float64. Then no Gram matrix is used: it squares, so in float64
+            it keeps all digits of float32 factors, but only half of those of float64 ones.
     """
-    # Fast float64 is what decides: CPUs and data-centre GPUs have it, TPUs emulate it.
+    # What decides is fast float64: CPUs and data-centre GPUs have it, TPUs emulate it.
     gram_is_faster = num_in >= CPU_GRAM_WIDTH or num_tokens <= CPU_GRAM_TOKENS
     prefers_gram = backend == "gpu" or (backend == "cpu" and gram_is_faster)
     prefers_gram = prefers_gram and not is_float64
@@ -60,19 +60,19 @@ def choose_algorithm(
         return "gram" if prefers_gram else "qr"
     if is_float64 or backend == "tpu":
         return "build"
-    # A float32 SVD of the built matrix would be faster still, but its smallest values are noise where many
-    # tokens repeat (2e-4 on the effective rank).
+    # A float32 SVD of the built matrix would be faster, but its smallest values are noise if many tokens
+    # repeat (2e-4 on the effective rank).
     return "build_gram"
 
 
 def prepare_input(input_TI: jax.Array, algorithm: Algorithm) -> jax.Array:
-    """What all projections with this input share: R_X, or L, or X itself when G is built."""
+    """What projections with the same input share: R_X for "qr", L for "gram", X if G is built."""
     if algorithm == "qr":
         return triangular_factor(input_TI.T)
     if algorithm == "gram":
         gram_TT = gram_matrix(input_TI.astype(jnp.float64))
-        # A repeated token gives equal rows and a singular Gram matrix. The shift moves no eigenvalue
-        # by more than float64's own rounding of the largest; the tiny one keeps zero rows positive.
+        # Repeated tokens give equal rows and a singular Gram matrix. `eps * trace` moves no eigenvalue by
+        # more than float64 rounds the largest; `tiny` is for X = 0.
         eps, tiny = float(jnp.finfo(jnp.float64).eps), float(jnp.finfo(jnp.float64).tiny)
         shift = eps * jnp.trace(gram_TT) + tiny
         identity = jnp.eye(gram_TT.shape[-1], dtype=gram_TT.dtype)
@@ -87,12 +87,12 @@ def factored_values(
 
     Args:
         prepared: `prepare_input` of X with the same algorithm.
-        output_grad_TO: D, scaled so that its entries are near one (squares must not underflow).
-        algorithm: one of the table's.
+        output_grad_TO: D, scaled to entries near one, so that squares do not underflow.
+        algorithm: how; see the module.
 
     Returns:
-        [min(T, O, I)] for "qr", [min(O, I)] for "build" and "build_gram", [T] for "gram" (T may exceed
-        min(O, I); the surplus is rounding noise, which the caller's rank bound removes).
+        [min(T, O, I)] for "qr", [min(O, I)] for "build" and "build_gram", [T] for "gram". Values beyond
+        min(O, I) are rounding noise, which the caller cuts off.
     """
     if algorithm == "qr":
         return singular_values(upper_product(triangular_factor(output_grad_TO.T), prepared))
@@ -100,7 +100,7 @@ def factored_values(
         return gram_values(congruent(prepared, gram_matrix(output_grad_TO.astype(jnp.float64))))
     if algorithm == "build":
         return singular_values(build_matrix(prepared, output_grad_TO))
-    # Rows of repeated tokens cancel: summed in float32 they cost up to 1.1e-5 of the nuclear norm.
+    # Repeated tokens cancel: summed in float32, that costs up to 1.1e-5 of the nuclear norm.
     wide_OI = build_matrix(prepared.astype(jnp.float64), output_grad_TO.astype(jnp.float64))
     if wide_OI.shape[0] > wide_OI.shape[1]:
         wide_OI = wide_OI.T
@@ -108,10 +108,10 @@ def factored_values(
 
 
 def build_matrix(input_TI: jax.Array, output_grad_TO: jax.Array) -> jax.Array:
-    """G = D^T X [O, I], the products in the dtype of the factors, at full precision."""
+    """G = D^T X [O, I] in the dtype of the factors, at full precision."""
     return jnp.einsum("to,ti->oi", output_grad_TO, input_TI, precision=HIGHEST)
 
 
 def gram_values(gram_NN: jax.Array) -> jax.Array:
-    """Square roots of a Gram matrix's eigenvalues, descending; negative rounding noise is zero."""
+    """Square roots of a Gram matrix's eigenvalues, descending; negative ones (rounding) become 0."""
     return jnp.sqrt(jnp.maximum(symmetric_eigenvalues(gram_NN)[::-1], 0.0))

@@ -1,13 +1,13 @@
-"""Cosines between gradients of one example, from their factors, a few rows of a gradient at a time.
+"""Cosines between gradients of one example, from their factors, a few rows of G at a time.
 
-For gradients G and H flattened as PyTorch stores them (row by row), the similarity is
-<vec G, vec H> / (|G| |H|) (arXiv 2504.10766, section 3.3): between the layers of one projection, and
-inside a layer between q and o and between k and v.
+For gradients G and H, flattened row by row as PyTorch stores them, the similarity is
+<vec G, vec H> / (|G| |H|) (arXiv 2504.10766, section 3.3): between the layers of one projection, and in a
+layer between q and o and between k and v.
 
-| case | what comes out |
+| case | result |
 |---|---|
-| a gradient is zero, or not finite | NaN for every cosine with it |
-| q and o of different shapes | the flat vectors still have one length: rows are paired as they fall |
+| a gradient is zero or not finite | NaN for every cosine with it |
+| q and o have different shapes | their flat vectors have the same length and are compared entry by entry |
 """
 
 import math
@@ -21,7 +21,7 @@ from jaxgrad.projections import PARTNERS
 from jaxgrad.spectra.products import HIGHEST, gram_matrix
 from jaxgrad.spectra.statistics import Columns, scale_to_one
 
-TILE_ROWS = 128  # of each gradient that are held at once
+TILE_ROWS = 128  # rows of each gradient in memory at a time
 
 
 def similarities(
@@ -33,7 +33,7 @@ def similarities(
 
     Args:
         factors: projection -> inputs [L, T, I] and output gradients [L, T, O] of its layers.
-        layers: projection -> which layers the L are; partners are compared where they are the same.
+        layers: projection -> the indices of these layers. Partners are compared if theirs are the same.
     """
     scaled = {
         name: (_wide_enough(input_LTI), jax.vmap(_unit_size)(grad_LTO))
@@ -51,7 +51,7 @@ def similarities(
 def matrix_similarities(
     matrices: dict[str, jax.Array], layers: dict[str, tuple[int, ...]]
 ) -> dict[str, Columns]:
-    """The same from the gradients [L, O, I] themselves: the definition."""
+    """The same columns from the gradients [L, O, I] themselves: the definition."""
     flat = {
         name: jax.vmap(lambda matrix: _unit_size(matrix).reshape(-1))(matrix_LOI)
         for name, matrix_LOI in matrices.items()
@@ -65,9 +65,14 @@ def _cosines(
     inner: Callable[[str, str], jax.Array],
     layers: dict[str, tuple[int, ...]],
 ) -> dict[str, Columns]:
-    """Cosines from each projection's inner products over layers, and from those of two projections.
+    """The columns, from inner products.
 
-    0 / 0 is NaN: a cosine with a zero gradient is undefined.
+    A cosine with a zero gradient is 0 / 0 = NaN, which is right: it is undefined.
+
+    Args:
+        grams: projection -> inner products of its layers [L, L].
+        inner: (projection, partner) -> inner products of the two in each layer [L].
+        layers: see `similarities`.
     """
     norms = {name: jnp.sqrt(jnp.diagonal(gram_LL)) for name, gram_LL in grams.items()}
     found: dict[str, Columns] = {}
@@ -90,12 +95,12 @@ def _wide_enough(array: jax.Array) -> jax.Array:
 
 
 def _unit_size(array: jax.Array) -> jax.Array:
-    """Over a power of two near its largest entry: squares of gradients underflow, cosines do not care."""
+    """Scaled by a power of two to entries near 1: squares do not underflow, cosines do not change."""
     return scale_to_one(_wide_enough(array))[0]
 
 
 def _layer_gram(input_LTI: jax.Array, grad_LTO: jax.Array) -> jax.Array:
-    """Inner products <G_l, G_m>, [L, L], adding up tiles of rows of all layers' gradients."""
+    """Inner products <G_l, G_m> [L, L], summed over tiles of the gradients' rows."""
     num_layers, num_tokens, num_out = grad_LTO.shape
     tile = min(TILE_ROWS, num_out)
     num_tiles = -(-num_out // tile)
@@ -115,15 +120,15 @@ def _layer_gram(input_LTI: jax.Array, grad_LTO: jax.Array) -> jax.Array:
 def _flat_inner(
     input_TI: jax.Array, grad_TO: jax.Array, other_input_TI: jax.Array, other_grad_TO: jax.Array
 ) -> jax.Array:
-    """<vec G, vec H> for G [O, I] and H [P, J] with O I = P J, flattened row by row.
+    """<vec G, vec H> for G [O, I] and H [M, J] with O I = M J, flattened row by row.
 
-    With g = gcd(I, J), every J / g rows of G are as many numbers as I / g rows of H.
+    With g = gcd(I, J), J / g rows of G have as many entries as I / g rows of H: this is the unit.
     """
     num_in, num_other_in = input_TI.shape[-1], other_input_TI.shape[-1]
     shared = math.gcd(num_in, num_other_in)
     unit, other_unit = num_other_in // shared, num_in // shared
     num_units = grad_TO.shape[-1] // unit
-    # As many units a tile as divide all of them and stay within the rows that may be held.
+    # The largest number of units per tile that divides all units and stays within `TILE_ROWS`.
     fits = [n for n in range(1, num_units + 1) if num_units % n == 0 and n * unit <= TILE_ROWS]
     per_tile = max(fits, default=1)
 

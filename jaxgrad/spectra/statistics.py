@@ -1,9 +1,9 @@
 """The statistics of a gradient matrix, from its singular values and its factors.
 
-`prepare_factors` or `prepare_matrix` makes one layer's gradients safe to factorize; `spectra_of_...` and
-`extremes_of_...` turn them into numbers by the names of their columns (`results.columns` defines these).
+`prepare_factors` or `prepare_matrix` makes one layer's gradients safe to factorize. `spectra_of_...` and
+`extremes_of_...` turn them into numbers, by the names of their columns (defined in `results.columns`).
 
-| case | what comes out |
+| case | result |
 |---|---|
 | zero gradient | all norms 0; effective and stable rank, condition number NaN (undefined) |
 | rank 1 | effective and stable rank 1 |
@@ -29,7 +29,7 @@ from jaxgrad.spectra.algorithms import (
 from jaxgrad.spectra.linalg import singular_values
 
 EFFECTIVE_RANK_FLOOR = 1e-12  # a nuclear norm below has no effective rank (design, section 1)
-EXTREMES_TILE = 128  # rows of G that are held at once while its extremes are sought
+EXTREMES_TILE = 128  # rows of G in memory at a time while its extremes are sought
 
 # Column -> its number, or list of numbers, for one matrix.
 Columns = dict[str, jax.Array]
@@ -37,11 +37,11 @@ Columns = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ScaledMatrix:
-    """A gradient [O, I], or its factor D [T, O], over a power of two; zeros where it is not finite.
+    """A gradient G [O, I] or its factor D [T, O], divided by a power of two; zeros if not finite.
 
     Attributes:
-        values: the array, its largest magnitude near 1.
-        exponent: of the power of two, int32.
+        values: the scaled array, its largest magnitude near 1.
+        exponent: the power of two is 2^exponent, int32.
         finite: whether the gradient is finite, bool.
         rank_bound: tokens with a gradient, at most min(O, I), int32.
         shape: (O, I) of the gradient.
@@ -56,16 +56,16 @@ class ScaledMatrix:
     num_tokens: int
 
     def scaled_back(self, value: jax.Array) -> jax.Array:
-        """A number of the scaled matrix as one of the gradient; NaN where that is not finite."""
+        """The gradient's number, from that of the scaled matrix; NaN if the gradient is not finite."""
         return jnp.where(self.finite, jnp.ldexp(value, self.exponent), jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
-    """One layer's gradients D^T X of the projections that share the input X.
+    """One layer's gradients D^T X of projections that share the input X.
 
     Attributes:
-        input_TI: X, zeros where it is not finite.
+        input_TI: X, or zeros if any entry is not finite.
         grads: projection -> D.
         algorithms: projection -> how its singular values are taken.
         finite_flags: projection -> whether X and whether D are finite, by the names of `FINITE_FLAGS`.
@@ -77,23 +77,23 @@ class LayerFactors:
     finite_flags: dict[str, Columns]
 
 
-# They tell where a NaN first appeared, and are no columns of a file.
+# They show where a NaN first appeared. They are not stored as columns.
 FINITE_FLAGS = ("input_finite", "output_grad_finite")
 
 
 def prepare_factors(
     input_TI: jax.Array, output_grads: dict[str, jax.Array], algorithms: dict[str, Algorithm]
 ) -> LayerFactors:
-    """Factors that any algorithm may be given.
+    """The factors as any algorithm can take them: finite and scaled.
 
     Args:
-        input_TI: X, float. Rows where every D is zero change nothing.
+        input_TI: X, float. Rows where every D is zero (padding) change nothing.
         output_grads: projection -> D [T, O].
         algorithms: projection -> how to take its singular values.
     """
     input_TI = input_TI.astype(at_least_float32(input_TI.dtype))
     input_finite = _all_finite(input_TI)
-    # LAPACK may loop on NaN: it gets zeros instead, and the statistics become NaN at the end.
+    # LAPACK may loop on NaN, so it gets zeros; the statistics become NaN at the end.
     input_TI = jnp.where(input_finite, input_TI, jnp.zeros_like(input_TI))
     grads, flags = {}, {}
     for name, grad_TO in output_grads.items():
@@ -113,12 +113,12 @@ def prepare_factors(
 def prepare_matrix(
     matrix_OI: jax.Array, input_TI: jax.Array, output_grad_TO: jax.Array
 ) -> tuple[ScaledMatrix, Columns]:
-    """A gradient matrix itself (method `dense`), and whether its factors are finite.
+    """A gradient matrix (method `dense`) made finite and scaled, and its `FINITE_FLAGS`.
 
     Args:
         matrix_OI: G, float.
-        input_TI: X, of which only is told whether it is finite.
-        output_grad_TO: D, likewise, and its rows that are not zero are counted, for the rank bound.
+        input_TI: X, for the flags only.
+        output_grad_TO: D, for the flags; its non-zero rows are counted for the rank bound.
     """
     matrix_OI = matrix_OI.astype(at_least_float32(matrix_OI.dtype))
     finite = _all_finite(matrix_OI)
@@ -135,7 +135,7 @@ def prepare_matrix(
 def spectra_of_factors(factors: LayerFactors) -> dict[str, Columns]:
     """Projection -> the columns `SPECTRA` of its gradient.
 
-    X is factorized once for each algorithm that occurs.
+    X is factorized once per algorithm in use.
     """
     ways = sorted(set(factors.algorithms.values()))
     prepared = {way: prepare_input(factors.input_TI, way) for way in ways}
@@ -149,12 +149,12 @@ def spectra_of_factors(factors: LayerFactors) -> dict[str, Columns]:
 
 
 def spectra_of_matrix(matrix: ScaledMatrix) -> Columns:
-    """The same of a gradient matrix, by its full SVD: the definition."""
+    """The same columns of a gradient matrix, by its full SVD: the definition."""
     return _describe(singular_values(matrix.values), _wide(matrix.values).mean(), matrix)
 
 
 def extremes_of_factors(factors: LayerFactors) -> dict[str, Columns]:
-    """Projection -> the columns `EXTREMES` of its gradient, by tiles of it."""
+    """Projection -> the columns `EXTREMES` of its gradient, built tile by tile."""
     return {
         name: _extreme_columns(*_extremes(factors.input_TI, grad.values), grad)
         for name, grad in factors.grads.items()
@@ -162,7 +162,7 @@ def extremes_of_factors(factors: LayerFactors) -> dict[str, Columns]:
 
 
 def extremes_of_matrix(matrix: ScaledMatrix) -> Columns:
-    """The same of a gradient matrix."""
+    """The same columns of a gradient matrix."""
     entries = _wide(matrix.values)
     return _extreme_columns(entries.max(), entries.min(), matrix)
 
@@ -175,34 +175,34 @@ def _extreme_columns(largest: jax.Array, smallest: jax.Array, matrix: ScaledMatr
 
 
 def _row_sizes(array: jax.Array) -> jax.Array:
-    """Largest magnitude in each row; not finite where a row is not."""
+    """Largest magnitude in each row; not finite if an entry is not."""
     return jnp.max(jnp.abs(array), axis=-1)
 
 
 def _all_finite(array: jax.Array) -> jax.Array:
-    # Largest magnitudes first: a third of the time of asking every entry.
+    # By way of row maxima: a third of the time of testing every entry.
     return jnp.all(jnp.isfinite(_row_sizes(array)))
 
 
 def _wide(array: jax.Array) -> jax.Array:
-    """float64 with x64 on, float32 without: sums of statistics cost nothing, so they are exact."""
+    """As float64 with x64 on, else float32. Sums of statistics are cheap, so they get full precision."""
     return array.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
 
 
 def _rank_bound(size_T: jax.Array, num_short: int) -> jax.Array:
-    # Rows of D with any entry but zero; not by sums of squares: those of the smallest rows underflow.
+    # Counts rows of D that are not zero. Not by their norms: those of the smallest rows underflow.
     return jnp.minimum(jnp.sum(size_T != 0, dtype=jnp.int32), num_short)
 
 
 def scale_to_one(array: jax.Array, largest: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The array over a power of two (exact) near its largest magnitude, and the exponent (int32).
+    """The array divided by a power of two near its largest magnitude (exact), and the exponent (int32).
 
     Args:
         array: any shape, float.
-        largest: its largest magnitude, where that is known.
+        largest: its largest magnitude, if known.
     """
     _, exponent = jnp.frexp(jnp.max(jnp.abs(array)) if largest is None else largest)
-    # Two steps: 2^-exponent alone overflows for the smallest normal numbers. Products with powers of two,
+    # In two steps, because 2^-exponent overflows for the smallest normal numbers. By multiplication,
     # because `ldexp` of every entry takes twenty times as long: 4 ms of a layer's 29 at Qwen2-1.5B's shape.
     half, one = exponent // 2, jnp.ones((), array.dtype)
     return array * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent), exponent
@@ -215,11 +215,11 @@ def _entry_mean(input_TI: jax.Array, output_grad_TO: jax.Array) -> jax.Array:
 
 
 def _extremes(input_TI: jax.Array, output_grad_TO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest and smallest entry of D^T X, by tiles of its rows, so that G is never whole."""
+    """Largest and smallest entry of D^T X, by tiles of its rows: G is never whole in memory."""
     num_tokens, num_out = output_grad_TO.shape
     tile = min(EXTREMES_TILE, num_out)
     num_tiles = -(-num_out // tile)
-    # The last tile is filled by repeating the last column of D: a repeated row changes no extreme.
+    # The last column of D is repeated to fill the last tile: a repeated row of G changes no extreme.
     columns = jnp.minimum(jnp.arange(num_tiles * tile, dtype=jnp.int32), num_out - 1)
     tiles_CTO = output_grad_TO[:, columns].reshape(num_tokens, num_tiles, tile).swapaxes(0, 1)
 
@@ -238,8 +238,8 @@ def _describe(sigma_R: jax.Array, entry_mean: jax.Array, matrix: ScaledMatrix) -
     epsilon = float(jnp.finfo(sigma_R.dtype).eps)
     sigma_R = _wide(sigma_R)
     index_R = jnp.arange(num_values, dtype=jnp.int32)
-    # Beyond the rank bound a value is exactly zero; what an SVD prints there is rounding noise, to
-    # which the effective rank is the most sensitive of all.
+    # Beyond the rank bound, values are exactly zero. An SVD prints rounding noise there, to which the
+    # effective rank is the most sensitive statistic.
     sigma_R = jnp.where(index_R < matrix.rank_bound, sigma_R, 0.0)
     total, largest = sigma_R.sum(), sigma_R[0]
     frobenius = jnp.sqrt(jnp.sum(jnp.square(sigma_R)))

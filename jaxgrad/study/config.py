@@ -1,14 +1,14 @@
-"""The file that declares a study: TOML -> `StudyConfig`. What is not understood is refused.
+"""The file that declares a study: TOML -> `StudyConfig`. Unknown keys and values are refused.
 
 | table | keys |
 |---|---|
 | (top) | title; about, data_root: relative to the file |
-| [analyze] | the flags of `bin/analyze` on examples, tokens and what is measured, by name |
+| [analyze] | flags of `bin/analyze` by name, on examples, tokens and what is measured |
 | [report] | level, num_resamples, num_permutations, seed |
-| [[models]] | name; path (omitted: the embedded model), role, pair |
+| [[models]] | name; path (left out: the embedded model), role, pair |
 | [[data]] | name, correct = {setting = file}; kind, irrelevant = {setting = file} |
 
-`${NAME}` in a path is an environment variable. One that is not set is no error here: the study's
+`${NAME}` in a path is an environment variable. A variable that is not set is no error here: the study's
 other files and models can still be measured.
 """
 
@@ -26,7 +26,7 @@ from jaxgrad.analysis import Resampling
 from jaxgrad.data.examples import Fields
 from jaxgrad.data.tokens import read_date
 from jaxgrad.errors import UserError
-from jaxgrad.gradients.loss import find_loss
+from jaxgrad.gradients.loss import LOSSES
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.report.cells import CORRECT, IRRELEVANT, RESPONSES, Role, file_stem
 
@@ -35,6 +35,8 @@ _TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 _SLICE = {"start": int, "limit": int}
 _FIELDS = {f"{field.name}_field": str for field in dataclasses.fields(Fields)}
 _LEAST = {"start": 0, "limit": 1, "max_length": 1, "batch_tokens": 1, "seed": 0}
+ModelRole = Literal["base", "instruct"]
+BASE, INSTRUCT = MODEL_ROLES = typing.get_args(ModelRole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,14 @@ class StudyModel:
     Attributes:
         name: For headings and directories.
         path: As `bin/analyze --model_path` takes it; None for the embedded model.
-        role: "base" (its prompts are plain text unless [analyze] says otherwise: many base models
-            come with a chat template that they were not trained on) or "instruct".
-        pair: Base and instruction-tuned models of the same pair are compared.
+        role: "base" or "instruct". Prompts of a base model are plain text unless [analyze] sets `chat`:
+            many base models carry a chat template that they were not trained on.
+        pair: A base and an instruction-tuned model of the same pair are compared.
     """
 
     name: str
     path: str | None = None
-    role: Literal["base", "instruct"] | None = None
+    role: ModelRole | None = None
     pair: str | None = None
 
 
@@ -61,7 +63,7 @@ class StudyData:
 
     Attributes:
         name: For headings and directories.
-        kind: What it is about, in a word: "reasoning", "knowledge", "quality".
+        kind: What it is about, in one word: "reasoning", "knowledge", "quality".
         files: Response ("correct", "irrelevant") -> setting ("none", "detailed") -> file.
     """
 
@@ -76,13 +78,16 @@ class StudyConfig:
 
     Attributes:
         path: The file.
-        title, about: For the report.
-        data_root: Where relative files of the data sets are; may hold an unset variable.
+        title: Of the report.
+        about: The text at its top.
+        data_root: The directory of data files that are given by relative paths, as written in the file.
         options: What to measure.
-        start, limit: The slice of every data file.
-        fields: Names of a record's fields.
-        resampling: Of the report.
-        models, data: The grid's sides.
+        start: The first example of every data file.
+        limit: How many examples of every data file; None for all.
+        fields: The names of a record's fields.
+        resampling: How the report makes its intervals and tests.
+        models: One side of the grid.
+        data: The other side.
     """
 
     path: Path
@@ -98,7 +103,7 @@ class StudyConfig:
     data: tuple[StudyData, ...]
 
     def roles(self, model: StudyModel) -> dict[Role, str]:
-        """The cells of one model with their files, in the order of the study."""
+        """The cells of one model -> their data files, in the order of the study."""
         return {
             Role(model.name, data.name, setting, response): file
             for data in self.data
@@ -107,34 +112,34 @@ class StudyConfig:
         }
 
     def options_of(self, model: StudyModel) -> AnalyzeOptions:
-        """What to measure of a model: a base model gets no chat template, see `StudyModel.role`."""
-        if model.role == "base" and self.options.chat == "auto":
+        """What to measure of a model. A base model gets no chat template, see `StudyModel.role`."""
+        if model.role == BASE and self.options.chat == "auto":
             return dataclasses.replace(self.options, chat="no")
         return self.options
 
     def model_pairs(self) -> list[tuple[str, str]]:
-        """(base, instruction-tuned) names of the models to compare."""
+        """The models to compare, as names (base, instruction-tuned)."""
         return [
             (base.name, tuned.name)
             for base in self.models
             for tuned in self.models
             if base.pair is not None and base.pair == tuned.pair
-            if (base.role, tuned.role) == ("base", "instruct")
+            if (base.role, tuned.role) == (BASE, INSTRUCT)
         ]
 
     def data_path(self, file: str) -> Path:
-        """Where a data set's file is.
+        """The path of a data set's file.
 
         Raises:
             UserError: An environment variable in it is not set.
         """
-        place = Path(expanded(file)).expanduser()
-        if place.is_absolute():
-            return place
-        return self.path.parent / Path(expanded(self.data_root)).expanduser() / place
+        path = Path(expanded(file)).expanduser()
+        if path.is_absolute():
+            return path
+        return self.path.parent / Path(expanded(self.data_root)).expanduser() / path
 
     def model_path(self, model: StudyModel) -> str | None:
-        """What `open_checkpoint` is given: a path beside the file, if one is there, else as it stands.
+        """A model's path for `open_checkpoint`: relative to the study's file if it exists there.
 
         Raises:
             UserError: An environment variable in it is not set.
@@ -147,10 +152,10 @@ class StudyConfig:
 
 
 def expanded(text: str) -> str:
-    """A path with its environment variables.
+    """A path with the values of its environment variables.
 
     Raises:
-        UserError: One is not set.
+        UserError: A variable is not set.
     """
     unset = [name for name in _VARIABLE.findall(text) if not os.environ.get(name)]
     if unset:
@@ -163,11 +168,11 @@ def read_study(path: str | os.PathLike[str], *, limit: int | None = None) -> Stu
 
     Args:
         path: The file.
-        limit: How many examples of each data file, in place of the file's own `limit`.
+        limit: How many examples of each data file, instead of the file's own `limit`.
 
     Raises:
-        UserError: It is missing or no TOML, or a key is unknown, missing or not of its type, or two
-            cells would be the same.
+        UserError: The file is missing or not TOML, a key is unknown, missing or of a wrong type, or two
+            cells would have the same directory.
     """
     path = Path(path)
     try:
@@ -216,16 +221,14 @@ def _resampling(report: "_Table", kinds: Mapping[str, Any]) -> Resampling:
 
 
 def _check(config: StudyConfig, analyze: "_Table") -> None:
-    """What no key shows alone."""
+    """Refuses what cannot be seen from one key and its type."""
     if config.options.date is not None:
         try:
             read_date(config.options.date)
         except UserError as error:
             analyze.refuse(str(error))
-    try:
-        find_loss(config.options.loss)
-    except UserError as error:
-        analyze.refuse(str(error))
+    if config.options.loss not in LOSSES:
+        analyze.refuse(f"loss = {config.options.loss!r} is unknown: use one of {', '.join(LOSSES)}")
     top = _Table(config.path, "", {})
     stems: dict[str, str] = {}
     for model in config.models:
@@ -239,7 +242,7 @@ def _check(config: StudyConfig, analyze: "_Table") -> None:
         if model.pair is not None and not any(model.name in pair for pair in config.model_pairs()):
             top.refuse(
                 f"the model {model.name!r} is alone in the pair {model.pair!r}: give a model of the "
-                "other role (base, instruct) the same pair, or leave pair out"
+                f"other role ({', '.join(MODEL_ROLES)}) the same pair, or leave pair out"
             )
     names = [data.name for data in config.data]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -257,10 +260,10 @@ def _check(config: StudyConfig, analyze: "_Table") -> None:
 
 def _model(table: "_Table") -> StudyModel:
     table.only({"name", "path", "role", "pair"})
-    role = table.value("role", Literal["base", "instruct"], None)
+    role = table.value("role", ModelRole, None)
     pair = table.value("pair", str, None)
     if pair is not None and role is None:
-        table.refuse('pair needs a role: add role = "base" or role = "instruct"')
+        table.refuse(f'pair needs a role: add role = "{BASE}" or role = "{INSTRUCT}"')
     name = table.value("name", str)
     table.stem(name)
     return StudyModel(name, table.value("path", str, None), role, pair)
@@ -286,7 +289,7 @@ def _data(table: "_Table") -> StudyData:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A table of the file, with its name for errors."""
+    """A table of the file, with its name for errors. Its methods raise `UserError`."""
 
     path: Path
     name: str
@@ -307,7 +310,7 @@ class _Table:
             self.refuse(str(error))
 
     def value(self, key: str, kind: Any, *default: Any) -> Any:
-        """A key's value; without a default it must be there."""
+        """A key's value. Without a default the key must be there."""
         if key not in self.content:
             if default:
                 return default[0]
@@ -331,18 +334,18 @@ class _Table:
         return value
 
     def values(self, kinds: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of these keys that are there."""
+        """The values of those keys that are there."""
         return {key: self.value(key, kind) for key, kind in kinds.items() if key in self.content}
 
     def table(self, key: str) -> "_Table":
-        """A table within; empty where it is not there."""
+        """A table inside this one; empty if it is not there."""
         content = self.content.get(key, {})
         if not isinstance(content, dict):
             self.refuse(f"{key!r} is not a table: write it as [{key}] with its keys below")
         return _Table(self.path, f"{self.name}.{key}".lstrip("."), content)
 
     def tables(self, key: str) -> list["_Table"]:
-        """The tables of a list; there must be one."""
+        """The tables of a list, at least one."""
         content = self.content.get(key)
         if not content:
             self.refuse(f"there is no [[{key}]]: add one or more")

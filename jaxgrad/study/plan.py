@@ -4,11 +4,11 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 from huggingface_hub import try_to_load_from_cache
 
-from jaxgrad.checkpoints.places import local_place
+from jaxgrad.checkpoints.places import find_local_model
 from jaxgrad.data.examples import DataSet, read_examples
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.options import AnalyzeOptions
@@ -19,19 +19,23 @@ from jaxgrad.results.urls import local_path
 from jaxgrad.runs.asked import asked_identity, date_for, recorded_date
 from jaxgrad.study.config import StudyConfig, StudyModel
 
+# How far a cell is, in the order of the summary.
+State = Literal["finished", "to measure", "without data", "without model"]
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedCell:
     """One run of a study.
 
     Attributes:
-        model, role: What it is of.
+        model: The model that is measured.
+        role: The part that the run plays in the study.
         file: Its data file, as the study names it.
         directory: Of its run.
         options: What to measure, with the date.
-        data: Its examples; None where they cannot be read.
-        reason: Why not; None where they can.
-        finished: Whether its run is.
+        data: Its examples; None if they cannot be read.
+        reason: Why they cannot be read; None if they can.
+        finished: Whether its run is finished.
     """
 
     model: StudyModel
@@ -45,17 +49,19 @@ class PlannedCell:
 
     @property
     def title(self) -> str:
-        """For the user: "Qwen2-1.5B: AQuA, none, irrelevant"."""
+        """For messages: "Qwen2-1.5B: AQuA, none, irrelevant"."""
         return f"{self.model.name}: {self.role.title}"
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyPlan:
-    """A study's cells, in its order, and what stands in the way of its models.
+    """A study's cells and models, and what is missing of them.
 
     Attributes:
-        models: Name -> where the model is, or why it is missing, in words.
-        missing_models: Name -> why it is missing.
+        config: The study.
+        cells: In the order of the study.
+        models: Name of a model -> where it is, or why it is missing, in words.
+        missing_models: Name of a missing model -> why it is missing.
     """
 
     config: StudyConfig
@@ -63,8 +69,8 @@ class StudyPlan:
     models: Mapping[str, str]
     missing_models: Mapping[str, str]
 
-    def state(self, cell: PlannedCell) -> str:
-        """How far a cell is: "finished", "without data", "without model" or "to measure"."""
+    def state(self, cell: PlannedCell) -> State:
+        """How far a cell is."""
         if cell.finished:
             return "finished"
         if cell.data is None:
@@ -72,10 +78,9 @@ class StudyPlan:
         return "without model" if cell.model.name in self.missing_models else "to measure"
 
     def summary(self) -> list[str]:
-        """Lines that say how much there is to do, and what is missing."""
+        """Lines that say how much is to be done, and what is missing."""
         states = Counter(map(self.state, self.cells))
-        order = ("finished", "to measure", "without data", "without model")
-        counts = ", ".join(f"{states[state]} {state}" for state in order if states[state])
+        counts = ", ".join(f"{states[state]} {state}" for state in get_args(State) if states[state])
         lines = [
             f"{self.config.title}: {_number(len(self.cells), 'cell')} "
             f"({_number(len(self.config.models), 'model')}, "
@@ -87,7 +92,7 @@ class StudyPlan:
         return lines + [f"  missing model: {name}: {reason}" for name, reason in missing]
 
     def grid(self) -> list[str]:
-        """A line a cell: its title, its file, whether that is there, and how far the run is."""
+        """A line for each cell: its title, its data file, how many records of it, how far the run is."""
         lines = []
         for model in self.config.models:
             lines.append(f"{model.name} ({self.models[model.name]})")
@@ -96,30 +101,26 @@ class StudyPlan:
             width = max(len(cell.role.title) for cell in cells)
             for cell in cells:
                 kind = f" [{kinds[cell.role.data]}]" if kinds[cell.role.data] else ""
-                here = (
+                records = (
                     f"missing: {cell.reason}"
                     if cell.data is None
                     else f"{len(cell.data.examples)} of {cell.data.num_records} records"
                 )
                 lines.append(
-                    f"  {cell.role.title:{width}}{kind}  {cell.file}  {here}; {self.state(cell)}"
+                    f"  {cell.role.title:{width}}{kind}  {cell.file}  {records}; {self.state(cell)}"
                 )
         return lines
 
 
-def plan_study(
-    config: StudyConfig, output_dir: str | Path, *, report_only: bool = False
-) -> StudyPlan:
-    """Looks at what is there; loads no model, fetches and writes nothing.
+def plan_study(config: StudyConfig, output_dir: str | Path) -> StudyPlan:
+    """Finds what is there and what is to be done. Loads no model, fetches and writes nothing.
 
     Args:
         config: From `read_study`.
-        output_dir: Of the study; its runs are in OUTPUT_DIR/runs/MODEL/CELL.
-        report_only: Nothing is to be measured, so what depends on this machine (the default of
-            batch_tokens) and on the day is not compared with the runs that are there.
+        output_dir: Of the study. Its runs are in OUTPUT_DIR/runs/MODEL/CELL.
 
     Raises:
-        UserError: The run of a cell has another configuration than the study, or is damaged.
+        UserError: The run of a cell has other settings than the study, or is damaged.
     """
     directories = {
         (model, role): local_path(output_dir) / "runs" / file_stem(model.name) / role.stem
@@ -135,22 +136,19 @@ def plan_study(
             read[file] = _read(config, file)
         found = read[file]
         options = config.options_of(model)
-        # A run keeps its own day: a study may go on over midnight.
-        own = date_for(options, (_date_of(model, role, directory), date))
-        options = dataclasses.replace(options, date=own)
+        # A run keeps its own date: a study may go on after midnight.
+        run_date = date_for(options, (_date_of(model, role, directory), date))
+        options = dataclasses.replace(options, date=run_date)
         data = None if isinstance(found, str) else found
         reason = found if isinstance(found, str) else None
         asked = asked_identity(options, config.start, config.limit)
         if data is not None:
             asked["data"]["sha256"] = data.sha256
-        if report_only or data is None:
-            _forget_the_machine(asked, config.options)
-        with_cell = f"{model.name}: {role.title}"
         try:
             RunDirectory.check_compatible(directory, asked)
             run = load_run(directory)
         except OutputError as error:
-            raise OutputError(f"{with_cell}: {error}") from error
+            raise OutputError(f"{model.name}: {role.title}: {error}") from error
         finished = run is not None and run["finished"]
         cells.append(PlannedCell(model, role, file, directory, options, data, reason, finished))
     models, missing = _models(config)
@@ -164,16 +162,8 @@ def _date_of(model: StudyModel, role: Role, directory: Path) -> str | None:
         raise OutputError(f"{model.name}: {role.title}: {error}") from error
 
 
-def _forget_the_machine(asked: dict[str, Any], options: AnalyzeOptions) -> None:
-    for name in ("batch_tokens", "date"):
-        if getattr(options, name) is None:
-            asked["options"].pop(name, None)
-    if options.layerwise == "auto":
-        asked["options"].pop("layerwise", None)
-
-
 def _read(config: StudyConfig, file: str) -> DataSet | str:
-    """The examples, or why there are none."""
+    """A file's examples, or why they cannot be read."""
     try:
         path = config.data_path(file)
         return read_examples(path, start=config.start, limit=config.limit, fields=config.fields)
@@ -182,18 +172,18 @@ def _read(config: StudyConfig, file: str) -> DataSet | str:
 
 
 def _models(config: StudyConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """Where each model is, and why those are missing that surely are."""
+    """Where each model is, and why models are missing. A hub id counts as found."""
     where, missing = {}, {}
     for model in config.models:
         try:
             path = config.model_path(model)
-            place = local_place(path)
+            found = find_local_model(path)
         except UserError as error:
             missing[model.name] = in_a_study(error)
             where[model.name] = f"missing: {missing[model.name]}"
             continue
-        if place is not None:
-            where[model.name] = f"{place.path.name}, here"
+        if found is not None:
+            where[model.name] = f"{found.path.name}, here"
         elif isinstance(try_to_load_from_cache(str(path), "config.json"), str):
             where[model.name] = f"{path}, in the hub's cache"
         else:
@@ -202,38 +192,37 @@ def _models(config: StudyConfig) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def in_a_study(error: UserError) -> str:
-    """A model's error as a reason; a study has no --model_path."""
+    """A model's error as a reason, without the flag --model_path, which a study does not have."""
     return str(error).removeprefix("--model_path ")
 
 
 def unavailable(config: StudyConfig, reasons: Mapping[tuple[str, Role], str]) -> dict[str, str]:
-    """What is missing -> why, with what fails for the same reason as one entry.
+    """What is missing -> why. Cells that lack the same thing become one entry.
 
     Args:
         config: The study.
-        reasons: (model, role) -> why that cell is not there.
+        reasons: (model, role) -> why that cell is missing.
     """
     models = [model.name for model in config.models]
-    roles = list(config.roles(config.models[0]))
-    # The model is part of a role.
-    roles = [dataclasses.replace(role, model="") for role in roles]
+    # A role names its model. Without it the roles of all models are the same.
+    roles = [dataclasses.replace(role, model="") for role in config.roles(config.models[0])]
     left = {
-        (name, dataclasses.replace(role, model="")): why for (name, role), why in reasons.items()
+        (model, dataclasses.replace(role, model="")): why for (model, role), why in reasons.items()
     }
-    told: dict[str, str] = {}
-    for name in models:
-        if why := _common(left.get((name, role)) for role in roles):
-            told[f"{name}, all {len(roles)} cells"] = why
-            left = {key: value for key, value in left.items() if key[0] != name}
-            models = [other for other in models if other != name]
+    entries: dict[str, str] = {}
+    for model in models:
+        if why := _common(left.get((model, role)) for role in roles):
+            entries[f"{model}, all {len(roles)} cells"] = why
+            left = {key: value for key, value in left.items() if key[0] != model}
+            models = [other for other in models if other != model]
     for role in roles:
-        if len(models) > 1 and (why := _common(left.get((name, role)) for name in models)):
-            told[f"{role.title}, all models"] = why
+        if len(models) > 1 and (why := _common(left.get((model, role)) for model in models)):
+            entries[f"{role.title}, all models"] = why
             left = {key: value for key, value in left.items() if key[1] != role}
     single = len(config.models) == 1
-    for (name, role), why in left.items():
-        told[role.title if single else f"{name}: {role.title}"] = why
-    return told
+    for (model, role), why in left.items():
+        entries[role.title if single else f"{model}: {role.title}"] = why
+    return entries
 
 
 def _number(count: int, what: str) -> str:
@@ -241,6 +230,6 @@ def _number(count: int, what: str) -> str:
 
 
 def _common(reasons: Iterable[str | None]) -> str | None:
-    """The reason that all have, if they have one."""
+    """The reason that all share; None if they differ."""
     found = set(reasons)
     return found.pop() if len(found) == 1 else None

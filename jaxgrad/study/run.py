@@ -1,4 +1,4 @@
-"""Runs a study: each model is loaded once for all of its cells; then the report."""
+"""Runs a study: each model is loaded once for all its cells. Then the report is written."""
 
 import contextlib
 import time
@@ -22,19 +22,20 @@ from jaxgrad.study.plan import PlannedCell, StudyPlan, in_a_study, plan_study, u
 _ONE_PROCESS = (
     "Start it once, with --num_processes=1; bin/analyze is what several processes can share"
 )
+# (model, role) -> why that cell is missing.
 Reasons = dict[tuple[str, Role], str]
-# What too small a memory raises, the host's and the device's; the second also stands for bugs.
+# Raised if the host's or the device's memory is too small. Bugs raise the second one, too.
 _OUT_OF_MEMORY = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 def refuse_several_processes(num_processes: int | None = None) -> None:
-    """A study runs as one process; where there are several, each would begin to measure all of it.
+    """Refuses to be one of several processes, because each of them would measure the whole study.
 
     Args:
-        num_processes: 1 for a process on its own whatever its environment tells.
+        num_processes: 1 for a process on its own, whatever its environment says.
 
     Raises:
-        UserError: this is one of several processes, by its environment or `num_processes`.
+        UserError: This is one of several processes, by its environment or `num_processes`.
     """
     if num_processes not in (None, 1):
         raise UserError(
@@ -58,13 +59,13 @@ def run_study(
 ) -> Path:
     """Measures what is not measured yet, and writes the report.
 
-    A data file or a model that is missing or cannot be read costs its cells, not the study: the
-    reason is told and stands in the report. Interrupted, it is continued by the same call.
+    If a data file or a model is missing or cannot be read, only its cells are left out. The reason is
+    printed and stands in the report. The same call continues an interrupted study.
 
     Args:
         config: From `read_study`.
-        output_dir: The runs are in OUTPUT_DIR/runs/MODEL/CELL, the report in OUTPUT_DIR/report.
-        report_only: Measure nothing; report what is finished.
+        output_dir: The runs go to OUTPUT_DIR/runs/MODEL/CELL, the report to OUTPUT_DIR/report.
+        report_only: Measure nothing, report what is finished.
         say: Takes the lines for the user.
         progress: Show bars on stderr.
 
@@ -72,11 +73,11 @@ def run_study(
         The report's index.html.
 
     Raises:
-        OutputError: `output_dir` cannot be written, or holds runs of another configuration.
-        UserError: Not one cell could be measured.
+        OutputError: `output_dir` cannot be written, or holds runs with other settings.
+        UserError: No cell is finished.
     """
     output_dir = local_path(output_dir)
-    plan = plan_study(config, output_dir, report_only=report_only)
+    plan = plan_study(config, output_dir)
     RunDirectory.probe(output_dir)
     for line in plan.summary():
         say(line)
@@ -90,7 +91,7 @@ def run_study(
 def _measure_model(
     plan: StudyPlan, model: StudyModel, say: Callable[[str], None], progress: bool
 ) -> Reasons:
-    """Runs the cells of one model; why those are missing that could not be run."""
+    """Runs the cells of one model. Returns why cells are missing."""
     config = plan.config
     numbered = [(k, cell) for k, cell in enumerate(plan.cells, 1) if cell.model == model]
     cells = [(k, cell) for k, cell in numbered if cell.data is not None]
@@ -125,7 +126,7 @@ def _measure_model(
             why = "the device's memory is too small for this model and these examples"
         else:
             if summary.reused:
-                say("finished before: nothing to compute")
+                say("finished already: nothing to compute")
             continue
         if not _loads(session):
             say(f"{model.name} cannot be loaded, so its cells are left out: {why}")
@@ -136,12 +137,12 @@ def _measure_model(
 
 
 def _left_out(cells: Sequence[tuple[int, PlannedCell]], why: str) -> Reasons:
-    # What was finished before needs no model any more.
+    # A finished cell needs no model.
     return {(cell.model.name, cell.role): why for _, cell in cells if not cell.finished}
 
 
 def _loads(session: Session) -> bool:
-    """Whether it was not the model that failed."""
+    """Whether the session's model can be loaded."""
     try:
         _ = session.model
     except UserError:
@@ -154,9 +155,9 @@ def _loads(session: Session) -> bool:
 
 
 class _Clock:
-    """How long the rest of a model's cells may take, from the text measured so far."""
+    """Estimates how long the rest of a model's cells takes, from the text measured so far."""
 
-    # Text beyond it is cut off, at about four characters a token.
+    # How much of an example's text counts. At about four characters a token, most of the rest is cut off.
     _CHARACTERS = 4096
 
     def __init__(self, cells: Sequence[PlannedCell]) -> None:
@@ -170,7 +171,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def timing(self, cell: PlannedCell) -> Iterator[None]:
-        """Times a cell; one that was finished or begun before tells nothing of the speed."""
+        """Times a cell. One that an earlier session began says nothing of the speed."""
         begun = load_run(cell.directory) is not None
         started = time.monotonic()
         yield
@@ -180,7 +181,7 @@ class _Clock:
             self._seconds += time.monotonic() - started
 
     def left(self, model: StudyModel) -> str:
-        """Such as " (about 12 min left for MODEL)"; nothing while that is not known."""
+        """The estimate, such as " (about 12 min left for MODEL)"; "" while it is not known."""
         if not self._done or not self._left:
             return ""
         minutes = sum(self._left.values()) * self._seconds / self._done / 60
@@ -208,16 +209,16 @@ def _report(
             reasons.pop(key, None)
         except UserError as error:
             reasons[key] = str(error)
-    told = unavailable(config, reasons)
-    for name, why in told.items():
-        say(f"missing: {name}: {why}")
+    missing = unavailable(config, reasons)
+    for what, why in missing.items():
+        say(f"missing: {what}: {why}")
     if not cells:
         hint = "run without --report_only" if report_only else "mend one of these"
-        # A cell that was tried tells more than one whose file is not there.
+        # The reason of a cell that was tried says more than that of a missing file.
         cell = next((cell for cell in plan.cells if cell.data is not None), plan.cells[0])
         why = f"{cell.title}: {reasons[cell.model.name, cell.role]}"
         raise UserError(f"{config.path}: not one cell is there to report ({why}); {hint}")
-    # Here, because figures and page bring libraries that measuring does not need.
+    # Imported here: figures and page need libraries that measuring does not need.
     from jaxgrad.report.build import write_report
 
     say(f"report: {len(cells)} of {len(plan.cells)} cells")
@@ -227,7 +228,7 @@ def _report(
         title=config.title,
         about=config.about,
         model_pairs=config.model_pairs(),
-        unavailable=told,
+        unavailable=missing,
         resampling=config.resampling,
         progress=progress,
     )

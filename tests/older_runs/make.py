@@ -1,4 +1,4 @@
-"""Makes the runs of this folder, with the program of an earlier commit. README.md says how; no test runs it."""
+"""Makes the runs of this folder with the program of an earlier commit; README.md says how."""
 
 import json
 import os
@@ -12,21 +12,26 @@ from typing import Any
 DATA = ("none", "detailed", "none_irrelevant", "detailed_irrelevant")
 NUM_RECORDS = 4
 RUNS = {
-    "plain": ("--data_path=data/none.json", "--limit=3"),
+    "plain": ("--data_path=data/none.json", "--limit=2"),
     "statistics": (
         *("--data_path=data/detailed.json", "--limit=2"),
         *("--similarity", "--spectrum", "--extremes"),
     ),
     "all_weights": (
-        *("--data_path=data/none.json", "--limit=2"),
+        *("--data_path=data/none.json", "--limit=1"),
         *("--parameters=all", "--extremes"),
     ),
-    "jsonl": ("--data_path=data/none.json", "--start=1", "--output_format=jsonl"),
+    "jsonl": ("--data_path=data/none.json", "--start=1", "--limit=2", "--output_format=jsonl"),
     "flawed": ("--data_path=data/flawed.json", "--max_length=256"),
 }
-UNFINISHED = ("--data_path=data/repeated.json", r"--parameters=layers\.1\.self_attn\.v_proj")
-# A window is 256 examples: the unfinished run has one, and two batches of the next.
-REPEATS, BATCHES_BEFORE_KILL = 66, 2
+UNFINISHED = (
+    *("--data_path=data/repeated.json", "--chat=no", "--batch_tokens=64"),
+    r"--parameters=layers\.1\.self_attn\.v_proj",
+)
+# A window is 256 examples: the unfinished run has one, and two batches of the next. Few shapes, because a
+# test compiles them.
+QUESTIONS = {"How many hours has a day?": "24", "How many days has a week?": "7 days"}
+REPEATS, BATCHES_BEFORE_KILL = 132, 2
 FIRST_OF_UNFINISHED = 248  # the examples before are the same records again
 STUDY = """\
 title = "A study of an earlier version"
@@ -53,13 +58,13 @@ irrelevant = {none = "none_irrelevant.json", detailed = "detailed_irrelevant.jso
 
 
 def write_repeated(folder: Path) -> None:
-    """data/repeated.json: the records of data/none.json again and again."""
-    rows = json.loads((folder / "data/none.json").read_text("utf-8"))
+    """data/repeated.json, for the unfinished run: too large to be kept, for what is in it."""
+    rows = [{"instruction": q, "input": "", "output": a} for q, a in QUESTIONS.items()]
     (folder / "data/repeated.json").write_text(json.dumps(rows * REPEATS), "utf-8")
 
 
 def columns_of(frame: Any) -> dict[str, dict[str, Any]]:
-    """A table's columns as JSON has them: dtype and values, floats to the last bit, a null as None."""
+    """A table's columns for JSON: floats keep every bit, a missing text or integer is None."""
     return {
         name: {
             "dtype": str(column.dtype),
@@ -74,9 +79,13 @@ def _json_value(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list):
         return [_json_value(one) for one in value]
-    if isinstance(value, float):
-        return value.hex()
-    return value if isinstance(value, str | int) else None  # None or pandas' NA
+    return value if isinstance(value, str | int | float) else None  # None or pandas' NA
+
+
+def study_cells(folder: Path) -> list[str]:
+    """The study's runs as `summarize` takes them."""
+    cells = sorted(path.parent for path in folder.glob("study/runs/*/*/run.json"))
+    return [str(path.relative_to(folder)) for path in cells]
 
 
 def main() -> None:
@@ -91,7 +100,7 @@ def main() -> None:
 
     (folder / "expected").mkdir()
     _write_frames(folder)
-    summary = _program("summarize", *RUNS, *_cells(folder))
+    summary = _program("summarize", *RUNS, *study_cells(folder))
     (folder / "expected/summary.txt").write_text(summary, "utf-8")
     for name, of, *flags in (
         ("authors.jsonl", "statistics"),
@@ -99,14 +108,21 @@ def main() -> None:
         ("authors_all_weights.jsonl", "all_weights"),
     ):
         _program("export", f"--run_dir={of}", f"--output_path=expected/{name}", *flags)
-    shutil.move(folder / "study/report/tables", folder / "expected/tables")
+    _keep_tables(folder / "study/report", folder / "expected/tables")
+    runs = ("--runs=none=jsonl/authors.jsonl", "--runs=detailed=expected/authors.jsonl")
+    _program("report", "--output_dir=report", "--title=Exports", *runs)
+    _keep_tables(folder / "report", folder / "expected/tables_of_exports")
+    # What is large, and made again or not looked at: see README.md.
+    for name in ("flawed_model", "report", "study/report"):
+        shutil.rmtree(folder / name)
+    (folder / "data/repeated.json").unlink()
 
 
 def _write_inputs(folder: Path) -> None:
     from safetensors.numpy import load_file, save_file
     from tiny_models import Tiny, save_tiny
 
-    tiny = Tiny(4, 2, tied=False, width=16, mlp_width=11, head_size=6, num_layers=4)
+    tiny = Tiny(4, 2, tied=False, width=12, mlp_width=7, head_size=4, num_layers=4)
     for name in ("model", "flawed_model"):
         save_tiny(tiny, folder / name)
         config = folder / name / "config.json"
@@ -145,7 +161,9 @@ def _run_and_kill(name: str, *arguments: str) -> None:
     """The program, killed when it has recorded `BATCHES_BEFORE_KILL` batches of the second window."""
     code = "import make, sys; make.killed(sys.argv[1:])"
     command = [sys.executable, "-c", code, f"program/bin/{name}", *arguments]
-    done = subprocess.run(command, check=False)
+    # What bin/ starts again with for its own sake is set already: it must not lose `killed`.
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    done = subprocess.run(command, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done
 
 
@@ -169,10 +187,12 @@ def killed(arguments: list[str]) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _cells(folder: Path) -> list[str]:
-    """The study's runs as `summarize` takes them."""
-    cells = sorted(path.parent for path in folder.glob("study/runs/*/*/run.json"))
-    return [str(path.relative_to(folder)) for path in cells]
+def _keep_tables(report: Path, place: Path) -> None:
+    """The tables with all digits and as they are shown, not those for LaTeX."""
+    place.mkdir()
+    for file in (report / "tables").iterdir():
+        if file.suffix in (".csv", ".md"):
+            shutil.copy(file, place)
 
 
 def _write_frames(folder: Path) -> None:
@@ -189,7 +209,9 @@ def _write_frames(folder: Path) -> None:
             }
         lines = [
             f" {json.dumps(table)}: {{\n"
-            + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in columns_of(frame).items())
+            + ",\n".join(
+                f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in columns_of(frame).items()
+            )
             + "\n }"
             for table, frame in frames.items()
         ]

@@ -1,8 +1,8 @@
-"""Model families: which attributes make the decoder's config, and which weight is which.
+"""Model families: how a config.json becomes a `DecoderConfig`, and what each weight is called.
 
-A new family costs a reader of its config (`llama_like`, `gemma`, `gpt`) and a table of names; a
-config attribute that is neither read nor neutral raises (`attributes`), and so does a weight that
-the table does not know (`jaxgrad.checkpoints.fill`).
+A new family needs a reader of its config (`llama_like`, `gemma`, `gpt`) and a table of weight names. An
+attribute that is neither read nor neutral is an error (`attributes`), and so is a weight that the table
+does not list (`jaxgrad.checkpoints.fill`).
 """
 
 from typing import Any
@@ -21,19 +21,22 @@ __all__ = ["FAMILIES", "Family", "Key", "expand_layers", "family_of", "read_conf
 
 FAMILIES = {family.model_type: family for family in (*LLAMA_LIKE, *GEMMAS, *GPTS)}
 
-# How configs of mixture-of-experts models count their experts.
+# Names of the number of experts in configs of mixture-of-experts models.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def read_config(raw: dict[str, Any], where: str) -> tuple[Family, DecoderConfig]:
-    """A config.json's content as family and decoder config.
+    """The family and the decoder config that a config.json describes.
+
+    Args:
+        raw: content of the config.json.
+        where: its path, for messages.
 
     Raises:
-        UserError: the model type, an attribute, or the sizes are not understood; one line that
-            names all of them.
+        UserError: the model type, the sizes or any attributes are not understood. One line names all.
     """
     family = family_of(raw, where)
-    # transformers' defaults say what the attributes that it may add some day mean when left alone.
+    # An attribute that the family does not read may have the value that is transformers' default.
     attributes = Attributes(raw, CONFIG_MAPPING[family.model_type]().to_dict(), where)
     if attributes.get("architectures", None) not in (None, []):
         attributes.require("architectures", [family.architecture])
@@ -46,7 +49,11 @@ def read_config(raw: dict[str, Any], where: str) -> tuple[Family, DecoderConfig]
 
 
 def family_of(raw: dict[str, Any], where: str) -> Family:
-    """The family of a config, or a `UserError` that lists those there are."""
+    """The family of a config.
+
+    Raises:
+        UserError: it is none of `FAMILIES`, which the message lists.
+    """
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is not None:
@@ -55,9 +62,9 @@ def family_of(raw: dict[str, Any], where: str) -> Family:
     if model_type is None:
         what = "no model_type"
     elif experts is not None or (isinstance(model_type, str) and "moe" in model_type):
-        told = f" ({experts} = {raw[experts]})" if experts else ""
+        count = f" ({experts} = {raw[experts]})" if experts else ""
         what = (
-            f"model type {model_type!r} is a mixture of experts{told}: not supported, because an "
+            f"model type {model_type!r} is a mixture of experts{count}: not supported, because an "
             "expert's gradient depends on which tokens its router sends it"
         )
     else:

@@ -1,7 +1,6 @@
-"""Strict reading of a config.json: what is neither read nor at its neutral value raises.
+"""Strict reading of a config.json: an attribute that is neither read nor neutral is an error.
 
-The file is read as it stands, not through transformers' config classes, which drop and rename
-attributes.
+The JSON is read directly, because transformers' config classes drop and rename attributes.
 """
 
 import sys
@@ -10,9 +9,8 @@ from typing import Any
 
 from jaxgrad.errors import UserError
 
-# Attributes that cannot change a gradient in eval mode: token ids and text (the tokenizer's
-# business), what a forward pass returns or caches, training-time noise and initialisation, text
-# generation, provenance.
+# Attributes that cannot change a gradient in eval mode: token ids, what a forward pass returns or caches,
+# dropout, initialisation, text generation, provenance.
 _IRRELEVANT = """
     torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
     tokenizer_class transformers_version initializer_range _name_or_path name_or_path _commit_hash
@@ -26,35 +24,33 @@ _IRRELEVANT = """
 """
 IRRELEVANT = frozenset(_IRRELEVANT.split())
 
-# What to say of attributes that stand for a whole kind of model.
+# Attributes that mark a whole kind of model as not supported, and why.
 REFUSED = {
     "auto_map": "the model brings code of its own, which jaxgrad never runs",
     "quantization_config": "quantized weights; give the model that they were made from",
 }
 
 
-MOST = 2**31 - 1  # what an int32 index reaches
+MOST = 2**31 - 1  # largest int32
 
 
 class _Required:
-    """The default of an attribute that has none."""
+    """Stands for "no default"."""
 
 
 REQUIRED = _Required()
 
 
 class Attributes:
-    """Reads attributes by name and remembers which: the rest is held to its neutral values.
+    """Reads attributes by name, and checks that those nobody read are neutral.
 
-    A reader gets a harmless stand-in for a value that it cannot have: `finish` raises all problems
-    together, so that a config is mended in one go.
+    A bad value is noted and a valid stand-in returned. `finish` raises all problems in one error.
 
     Args:
         values: attribute name -> value.
-        neutral: the values that an attribute may have without being read.
+        neutral: attribute name -> the value that it may have without being read.
         where: the file, for messages.
-        label: what stands before the names in messages ("rope_scaling."); the problems of a
-            labelled part are collected by the whole.
+        label: prefix of the names in messages, such as "rope_scaling.".
         irrelevant: names whose values do not matter.
     """
 
@@ -72,15 +68,15 @@ class Attributes:
         self._problems: list[str] = []
 
     def set_defaults(self, values: Mapping[str, Any]) -> None:
-        """Values for those of the attributes that do not stand there."""
+        """Set values for attributes that are absent."""
         self._values = {**values, **self._values}
 
     def has(self, name: str) -> bool:
-        """Whether `name` stands there, were it as null."""
+        """Whether `name` is there, even if its value is null."""
         return name in self._values
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
-        """The value of `name`, or its default; a missing one without a default is a problem."""
+        """The value of `name`, or the default if it is absent; absent without a default is a problem."""
         self._read.add(name)
         if name in self._values:
             return self._values[name]
@@ -90,7 +86,7 @@ class Attributes:
         return default
 
     def count(self, name: str, default: int | _Required = REQUIRED, *, most: int = MOST) -> int:
-        """A positive whole number. With a default, null means the default too."""
+        """A positive integer. With a default, null means the default too."""
         value = self.get(name, default)
         if value is None and not isinstance(default, _Required):
             return default
@@ -100,7 +96,7 @@ class Attributes:
         return self._refuse(name, value, f"a positive whole number{bound}", 1)
 
     def optional_count(self, name: str, default: int | None) -> int | None:
-        """A positive whole number or null; the default where the name is absent."""
+        """A positive integer or null; the default if absent."""
         return None if self.get(name, default) is None else self.count(name, default or REQUIRED)
 
     def number(self, name: str, default: float | _Required = REQUIRED) -> float:
@@ -111,7 +107,7 @@ class Attributes:
         return self._refuse(name, value, "a positive number", 1.0)
 
     def optional_number(self, name: str, default: float | None) -> float | None:
-        """A positive finite number or null; the default where the name is absent."""
+        """A positive finite number or null; the default if absent."""
         return None if self.get(name, default) is None else self.number(name, default or REQUIRED)
 
     def numbers(self, name: str) -> tuple[float, ...]:
@@ -124,7 +120,7 @@ class Attributes:
         return self._refuse(name, values, "a list of positive numbers", ())
 
     def by_layer(self, name: str, num_layers: int, choices: Sequence[Any]) -> list[Any] | None:
-        """A list of one of the `choices` for each layer; None where it is absent or null."""
+        """A list with one of `choices` per layer; None if absent or null."""
         values = self.get(name, None)
         if values is None:
             return None
@@ -137,7 +133,7 @@ class Attributes:
     def part(
         self, name: str, neutral: Mapping[str, Any], irrelevant: frozenset[str]
     ) -> "Attributes":
-        """The attributes of an object that stands under `name`; `include` takes its problems."""
+        """The attributes of the object under `name`. Pass it to `include` when it is read."""
         value = self.get(name)
         if not isinstance(value, Mapping):
             value = self._refuse(name, value, "an object", {})
@@ -151,37 +147,37 @@ class Attributes:
         )
 
     def choose(self, name: str, choices: Mapping[str, Any], default: Any = REQUIRED) -> Any:
-        """The meaning of `name`'s value; a value without one is a problem."""
+        """What `choices` has for `name`'s value; another value is a problem."""
         value = self.get(name, default)
         if isinstance(value, str) and value in choices:
             return choices[value]
         return self._refuse(name, value, f"one of {', '.join(choices)}", None)
 
     def require(self, name: str, expected: Any) -> None:
-        """Hold `name`, where it stands, to the one value that is understood."""
+        """Note a problem unless `name` is absent or has this value."""
         value = self.get(name, expected)
         if value != expected:
             self.problem(f"{self._label}{name} is {shown(value)}; understood: {shown(expected)}")
 
     @property
     def sound(self) -> bool:
-        """Whether no problem was noted so far."""
+        """Whether no problem has been noted."""
         return not self._problems
 
     def problem(self, text: str) -> None:
-        """Note what is not understood, for `finish`."""
+        """Note a problem, for `finish` to raise."""
         if text not in self._problems:
             self._problems.append(text)
 
     def include(self, part: "Attributes") -> None:
-        """Take over the problems of a part, those of its attributes that nobody read among them."""
-        part._hold_unread()
+        """Take over a part's problems, its unread attributes included."""
+        part._check_unread()
         for text in part._problems:
             self.problem(text)
 
     def finish(self) -> None:
-        """Raise one `UserError` that names every attribute which is not understood."""
-        self._hold_unread()
+        """Raise one `UserError` for all problems, unread attributes included; nothing if there is none."""
+        self._check_unread()
         if self._problems:
             raise UserError(
                 f"{self.where}: attributes not understood: {'; '.join(self._problems)}. Refused, "
@@ -194,7 +190,7 @@ class Attributes:
             self.problem(f"{self._label}{name} is {shown(value)}, not {expected}")
         return stand_in
 
-    def _hold_unread(self) -> None:
+    def _check_unread(self) -> None:
         for name, value in self._values.items():
             if name in self._read or name in self._irrelevant:
                 continue
@@ -212,6 +208,6 @@ def _is_number(value: Any, kinds: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: null for None, long ones cut."""
+    """A value for messages: null for None, long ones cut."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""What the readers share: sizes and names under which nearly all families have them."""
+"""What the config readers share: attributes and weight names that most families have in common."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from jaxgrad.models.config import Activation, AttentionKind
 from jaxgrad.models.families.attributes import Attributes
 from jaxgrad.models.families.family import Key
+from jaxgrad.projections import ATTENTION, MLP
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -16,10 +17,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-MOST_LAYERS = 10_000  # a config that claims more is damaged, and would be unrolled into lists
+QKV, GATE_UP = ATTENTION[:3], MLP[:2]  # fused in the files of some families
+MOST_LAYERS = 10_000  # more are a damaged config, which would make lists of any length
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-# Buffers of old checkpoints: the rope's frequencies follow from the config.
+# Buffers in old checkpoints. The config gives the rope's frequencies.
 ROTARY_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
 
 
@@ -31,14 +33,14 @@ def read_sizes(
     activation: str = "hidden_act",
     tied: bool = False,
 ) -> dict[str, Any]:
-    """Fields of `DecoderConfig` that all Llama-like families have under the same names.
+    """Fields of `DecoderConfig` whose attributes have the same names in all Llama-like families.
 
     Args:
         attributes: of the config.
-        kv_heads: transformers' default for the family; None for as many as query heads.
-        head_size: its default; None for the width over the heads.
-        activation: the attribute's name.
-        tied: the default of tying the head to the embedding.
+        kv_heads: transformers' default for the family; None for the number of query heads.
+        head_size: transformers' default; None for width / heads.
+        activation: name of the activation's attribute.
+        tied: transformers' default of tie_word_embeddings.
     """
     width = attributes.count("hidden_size")
     num_heads = attributes.count("num_attention_heads")
@@ -61,13 +63,13 @@ def read_sizes(
 
 
 def read_attention_bias(attributes: Attributes, default: bool = False) -> dict[str, bool]:
-    """The fields for `attention_bias`, which is one switch for q, k, v and o."""
+    """The fields that `attention_bias` sets: one switch for q, k, v and o."""
     bias = attributes.switch("attention_bias", default)
     return {"qkv_bias": bias, "output_bias": bias}
 
 
 def check_heads(attributes: Attributes, width: int, num_heads: int) -> None:
-    """Note it where the heads do not share the width evenly."""
+    """Note a problem if the width does not divide by the heads."""
     if attributes.sound and width % num_heads:
         attributes.problem(f"the width {width} does not divide over {num_heads} heads")
 
@@ -75,13 +77,13 @@ def check_heads(attributes: Attributes, width: int, num_heads: int) -> None:
 def read_windows(
     attributes: Attributes, num_layers: int, window: int | None, slides: Sequence[bool]
 ) -> list[int | None]:
-    """Each layer's window.
+    """Each layer's window; None for full attention.
 
     Args:
-        attributes: of the config; `layer_types`, where it stands, says which layers slide.
-        num_layers: how many there are.
-        window: of those that slide.
-        slides: which do where `layer_types` does not stand.
+        attributes: of the config. Its `layer_types`, if there, says which layers have a window.
+        num_layers: L.
+        window: the window's size.
+        slides: which layers have one if there is no `layer_types`.
     """
     types = attributes.by_layer("layer_types", num_layers, (FULL, SLIDING))
     if types is not None:
@@ -92,14 +94,14 @@ def read_windows(
 
 
 def by_layer(kinds: Sequence[AttentionKind]) -> dict[str, Any]:
-    """The fields `kinds` and `layer_kinds` for a kind of attention a layer."""
+    """The fields `kinds` and `layer_kinds`, from one kind of attention per layer."""
     distinct = tuple(dict.fromkeys(kinds))
-    places = {kind: place for place, kind in enumerate(distinct)}
-    return {"kinds": distinct, "layer_kinds": tuple(places[kind] for kind in kinds)}
+    index_of = {kind: index for index, kind in enumerate(distinct)}
+    return {"kinds": distinct, "layer_kinds": tuple(index_of[kind] for kind in kinds)}
 
 
 def plain_keys(names: Mapping[str, str]) -> dict[str, Key]:
-    """A key for each parameter that has a weight to itself."""
+    """Keys of parameters that are not fused with others, from their weights' names."""
     return {path: Key(name) for path, name in names.items()}
 
 
@@ -118,10 +120,10 @@ NORMS_BOTH = NORMS_AFTER | {
 
 
 def llama_keys(norms: Mapping[str, str] = NORMS_BEFORE) -> dict[str, Key]:
-    """The key table of the families that name their weights as Llama does.
+    """The key table of families that name their weights as Llama does.
 
-    Weights that a config of the family has no use for (biases, norms of q and k, a head that is
-    tied) stand in the table as well: what is looked up follows from the decoder.
+    It also lists weights that a config may not have (biases, norms of q and k, an untied head). Only those
+    of the decoder's parameters are looked up.
     """
     names = {
         "embedding": "model.embed_tokens.weight",
@@ -131,11 +133,7 @@ def llama_keys(norms: Mapping[str, str] = NORMS_BEFORE) -> dict[str, Key]:
         "layers.attention.k_norm.weight": "model.layers.{layer}.self_attn.k_norm.weight",
         **norms,
     }
-    blocks = (
-        ("attention", "self_attn", ("q", "k", "v", "o")),
-        ("mlp", "mlp", ("gate", "up", "down")),
-    )
-    for module, block, projections in blocks:
+    for module, block, projections in (("attention", "self_attn", ATTENTION), ("mlp", "mlp", MLP)):
         for name in projections:
             for part in ("weight", "bias"):
                 path = f"layers.{module}.{name}.{part}"

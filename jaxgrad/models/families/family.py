@@ -1,4 +1,4 @@
-"""What a family is: a reader of its config and a table of its weights' names. Data, not code."""
+"""What describes a family: a reader of its config and a table of its weights' names."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,13 +11,12 @@ from jaxgrad.models.families.attributes import Attributes
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Which weight of a checkpoint a parameter of the decoder stands in, and how.
+    """The checkpoint weight that holds a parameter of the decoder, and how.
 
     Attributes:
         name: the weight's name, "{layer}" for the layer's number.
-        members: the parameters that are fused in it along its outputs, in their order; empty for
-            one that has it to itself.
-        by_head: the members alternate head by head, as in GPT-NeoX; otherwise each is one block.
+        members: of a fused weight, the parameters in the order of its outputs; empty if not fused.
+        by_head: the members alternate head by head, as in GPT-NeoX; else each is one block.
         transposed: stored [in, out], as in GPT-2; PyTorch's linear layers store [out, in].
     """
 
@@ -28,16 +27,16 @@ class Key:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is the parameter, as it stands."""
+        """Whether the weight is the parameter, unchanged."""
         return not self.members and not self.transposed
 
     def split(self, values: np.ndarray, sizes: Sequence[int], num_heads: int) -> list[np.ndarray]:
-        """The members of a weight (or of a bias), each with its outputs first.
+        """The parameters in a weight or bias, each with its outputs first.
 
         Args:
-            values: the weight as the checkpoint holds it.
-            sizes: outputs of each member; one entry without members.
-            num_heads: heads of each member where they alternate.
+            values: the weight as the checkpoint stores it.
+            sizes: outputs of each parameter; one entry if the weight is not fused.
+            num_heads: heads of each parameter, used if they alternate.
         """
         if self.transposed:
             values = values.T
@@ -49,16 +48,17 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One Hugging Face architecture as config reader and key table.
+    """One Hugging Face architecture.
 
     Attributes:
-        title: the models by the name that people use.
-        architecture: the `architectures` entry in config.json.
+        title: the models' common name.
+        model_type: the entry in config.json.
+        architecture: the only entry of `architectures` in config.json.
         read_fields: attributes -> the fields of `DecoderConfig`.
-        keys: decoder path ("layers.attention.q.weight") -> where it stands.
-        derived: weight names, with "{layer}", that old checkpoints hold and the config implies.
-        renames: beginnings of names in other generations of files -> as the table has them.
-        ignored: beginnings of names that belong to other parts than the text decoder.
+        keys: parameter ("layers.attention.q.weight") -> the checkpoint weight that holds it.
+        derived: names, with "{layer}", of buffers that old checkpoints hold and the config implies.
+        renames: name prefixes in other generations of files -> the prefixes in `keys`.
+        ignored: name prefixes of weights outside the text decoder.
     """
 
     title: str
@@ -71,8 +71,8 @@ class Family:
     ignored: tuple[str, ...] = ()
 
     def canonical(self, name: str) -> str | None:
-        """A weight's name as the key table has it; None for one that is not the decoder's."""
-        if name.startswith(self.ignored or "\0"):
+        """A weight's name as `keys` has it; None for a weight outside the text decoder."""
+        if name.startswith(self.ignored):
             return None
         for old, new in self.renames:
             if name.startswith(old):
@@ -81,7 +81,7 @@ class Family:
 
 
 def expand_layers(template: str, num_layers: int) -> Iterator[str]:
-    """A template's names: one a layer where it has "{layer}", itself where not."""
+    """The template's name for each layer; the template itself if it has no "{layer}"."""
     if "{layer}" not in template:
         yield template
     else:

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3: norms by 1 + w, scaled embeddings, a gated tanh-GELU, tied heads."""
+"""Gemma 1, 2 and 3: norms scale by 1 + w, scaled embeddings, gated tanh-GELU, tied heads."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from jaxgrad.models.families.common import (
 from jaxgrad.models.families.family import Family
 from jaxgrad.models.families.rope import read_local_and_global_rope, read_rope
 
-# What Gemma3TextConfig leaves out of the multimodal checkpoints' text_config.
+# transformers' defaults that multimodal checkpoints leave out of their text_config.
 GEMMA3_DEFAULTS = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
@@ -38,7 +38,7 @@ def _read_shared(attributes: Attributes, kv_heads: int, activation: str) -> dict
 
 
 def read_gemma(attributes: Attributes) -> dict[str, Any]:
-    """Gemma 1. Its files say "gelu" where they mean the tanh form, as transformers knows."""
+    """Gemma 1. Its files say "gelu" and mean the tanh form; transformers reads them so."""
     fields = _read_shared(attributes, 16, "hidden_act")
     if fields["activation"] == "gelu":
         fields["activation"] = "gelu_tanh"
@@ -50,7 +50,7 @@ def read_gemma(attributes: Attributes) -> dict[str, Any]:
 
 def read_gemma2(attributes: Attributes) -> dict[str, Any]:
     """Gemma 2: norms before and after, soft caps, a window in every other layer, query scale."""
-    attributes.get("hidden_act", None)  # stands in the files, unread by transformers
+    attributes.get("hidden_act", None)  # in the files, but not read by transformers
     fields = _read_shared(attributes, 4, "hidden_activation")
     fields |= _read_caps(attributes, 50.0, 30.0)
     num_layers = fields["num_layers"]
@@ -63,7 +63,7 @@ def read_gemma2(attributes: Attributes) -> dict[str, Any]:
 
 
 def read_gemma3_text(attributes: Attributes) -> dict[str, Any]:
-    """Gemma 3's text decoder: queries and keys normed by head, five local layers to a global one."""
+    """Gemma 3's text decoder: norms of queries and keys by head, five windowed layers per full one."""
     fields = _read_shared(attributes, 4, "hidden_activation")
     fields |= _read_caps(attributes, None, None) | {"qk_norm": "head"}
     num_layers = fields["num_layers"]
@@ -95,7 +95,7 @@ def _read_caps(
 
 
 def read_gemma3(attributes: Attributes) -> dict[str, Any]:
-    """The text decoder inside a multimodal Gemma 3, whose images jaxgrad never sees."""
+    """The text decoder of a multimodal Gemma 3."""
     outer = ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
     for name in (*outer, "vision_config", "tie_word_embeddings"):
         attributes.get(name, None)
@@ -118,7 +118,7 @@ GEMMAS = (
         "Gemma3ForConditionalGeneration",
         read_gemma3,
         _BOTH,
-        # Older files, and transformers 5 in memory.
+        # Names in older files, and in memory of transformers 5.
         renames=(
             ("language_model.model.", "model."),
             ("language_model.lm_head.", "lm_head."),

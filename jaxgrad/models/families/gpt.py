@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia) and GPT-2: LayerNorm, biases, no gate, fused q, k and v."""
+"""GPT-NeoX (Pythia) and GPT-2: LayerNorm, biases, no gate, fused q, k and v weights."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from jaxgrad.models.families.attributes import Attributes
 from jaxgrad.models.families.common import (
     ACTIVATIONS,
     MOST_LAYERS,
+    QKV,
     by_layer,
     check_heads,
     plain_keys,
@@ -16,12 +17,11 @@ from jaxgrad.models.families.family import Family, Key
 from jaxgrad.models.families.rope import read_rope
 
 GPT_FIELDS: dict[str, Any] = {"norm": "layer", "gated_mlp": False, "mlp_bias": True}
-QKV = ("q", "k", "v")
 
 
 def read_gpt_neox(attributes: Attributes) -> dict[str, Any]:
-    """GPT-NeoX: attention and MLP side by side, a quarter of each head rotated."""
-    attributes.get("is_decoder", None)  # it is causal either way
+    """GPT-NeoX: attention and MLP in parallel, a quarter of each head rotated."""
+    attributes.get("is_decoder", None)  # it is causal anyway
     width = attributes.count("hidden_size")
     num_heads = attributes.count("num_attention_heads")
     check_heads(attributes, width, num_heads)
@@ -52,7 +52,7 @@ def read_gpt_neox(attributes: Attributes) -> dict[str, Any]:
 
 
 def read_gpt2(attributes: Attributes) -> dict[str, Any]:
-    """GPT-2: learned positions."""
+    """GPT-2: learned positions, no rope."""
     for name in GPT2_IRRELEVANT:
         attributes.get(name, None)
     attributes.require("add_cross_attention", False)
@@ -60,7 +60,7 @@ def read_gpt2(attributes: Attributes) -> dict[str, Any]:
     num_heads = attributes.count("n_head")
     check_heads(attributes, width, num_heads)
     max_positions = attributes.count("n_positions")
-    # The size of the old causal-mask buffer.
+    # Size of the causal-mask buffer in old files.
     attributes.require("n_ctx", max_positions)
     fields = GPT_FIELDS | {
         "width": width,
@@ -83,7 +83,7 @@ def read_gpt2(attributes: Attributes) -> dict[str, Any]:
     return fields | by_layer([AttentionKind(None)] * fields["num_layers"])
 
 
-# The heads of other tasks; the order of a scaling, which only float16 notices.
+# Heads of other tasks; the order of a scaling, which matters in float16 only.
 GPT2_IRRELEVANT = (
     "summary_type",
     "summary_use_proj",
@@ -158,7 +158,7 @@ GPTS = (
         read_gpt2,
         _gpt2_keys(),
         derived=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
-        # OpenAI's own files lack the prefix.
+        # OpenAI's files lack the prefix.
         renames=tuple((name, f"transformer.{name}") for name in ("wte.", "wpe.", "h.", "ln_f.")),
     ),
 )

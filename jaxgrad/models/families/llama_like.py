@@ -1,11 +1,13 @@
-"""Llama and the families that differ from it by a few switches."""
+"""Llama, and families that differ from it in a few options."""
 
 from typing import Any
 
 from jaxgrad.models.config import AttentionKind
 from jaxgrad.models.families.attributes import Attributes
 from jaxgrad.models.families.common import (
+    GATE_UP,
     NORMS_AFTER,
+    QKV,
     ROTARY_BUFFERS,
     by_layer,
     llama_keys,
@@ -27,16 +29,16 @@ def _one_kind(
 
 
 def _switched_window(attributes: Attributes, default: int | None) -> int | None:
-    """The window, which counts only where it is switched on."""
+    """The window if use_sliding_window is true, else None."""
     window = attributes.optional_count("sliding_window", default)
     return window if attributes.switch("use_sliding_window", False) else None
 
 
 def read_llama(attributes: Attributes) -> dict[str, Any]:
-    """Llama 2, 3, 3.1, 3.2 and everything that ships as LlamaForCausalLM (SmolLM2)."""
-    # Tensor-parallel slicing of the training code; the sum over slices is the plain product.
+    """Llama 2, 3, 3.1, 3.2 and other models of the class LlamaForCausalLM (SmolLM2)."""
+    # Slices of products in tensor-parallel training; their sum is the plain product.
     attributes.require("pretraining_tp", 1)
-    # What nanotron writes into SmolLM2's: half-rotation, as everybody else's.
+    # In SmolLM2's files, written by nanotron. False is the usual half-rotation.
     attributes.require("rope_interleaved", False)
     attributes.require("is_llama_config", True)
     fields = read_sizes(attributes) | read_attention_bias(attributes)
@@ -45,20 +47,20 @@ def read_llama(attributes: Attributes) -> dict[str, Any]:
 
 
 def read_mistral(attributes: Attributes) -> dict[str, Any]:
-    """Mistral 7B and its kin: Llama with a sliding window, or, since 0.2, without."""
+    """Mistral 7B: Llama with a sliding window, since version 0.2 without."""
     fields = read_sizes(attributes, kv_heads=8)
     window = attributes.optional_count("sliding_window", 4096)
     return fields | _one_kind(attributes, fields, window)
 
 
 def read_qwen2(attributes: Attributes) -> dict[str, Any]:
-    """Qwen2 and 2.5: biases on q, k and v; a window, where one is switched on, for late layers."""
+    """Qwen2 and 2.5: biases on q, k and v; optionally a window in late layers."""
     fields = read_sizes(attributes, kv_heads=32) | {"qkv_bias": True}
     return fields | _qwen_kinds(attributes, fields)
 
 
 def read_qwen3(attributes: Attributes) -> dict[str, Any]:
-    """Qwen3: queries and keys are normed by head."""
+    """Qwen3: norms of queries and keys by head."""
     fields = read_sizes(attributes, kv_heads=32, head_size=128) | {"qk_norm": "head"}
     fields |= read_attention_bias(attributes)
     return fields | _qwen_kinds(attributes, fields)
@@ -86,12 +88,12 @@ def read_phi3(attributes: Attributes) -> dict[str, Any]:
     for name, neutral in PHI3_NEUTRAL.items():
         attributes.require(name, neutral)
     fields = read_sizes(attributes)
-    attributes.get("original_max_position_embeddings", None)  # LongRoPE's; it means nothing else
+    attributes.get("original_max_position_embeddings", None)  # only LongRoPE reads it
     window = attributes.optional_count("sliding_window", None)
     return fields | _one_kind(attributes, fields, window, fraction_name="partial_rotary_factor")
 
 
-# Microsoft's own attributes, which its published models leave alone.
+# Microsoft's own attributes, at these values in all its published models.
 PHI3_NEUTRAL = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -102,7 +104,7 @@ PHI3_NEUTRAL = {
 
 
 def _is_phi3_code(code: Any) -> bool:
-    """Whether an auto_map names Microsoft's own files, whose model is transformers' `phi3`."""
+    """Whether an auto_map names Microsoft's own code, whose model is transformers' `phi3`."""
     return isinstance(code, dict) and all(
         key == "AutoTokenizer" or (isinstance(name, str) and name.split(".")[-1].startswith("Phi3"))
         for key, name in code.items()
@@ -110,7 +112,7 @@ def _is_phi3_code(code: Any) -> bool:
 
 
 def read_olmo2(attributes: Attributes) -> dict[str, Any]:
-    """OLMo 2: norms after attention and MLP, and of queries and keys over all heads together."""
+    """OLMo 2: norms after attention and MLP; norms of queries and keys over all heads together."""
     fields = read_sizes(attributes) | read_attention_bias(attributes)
     fields |= {"norm_placement": "after", "qk_norm": "full"}
     return fields | _one_kind(attributes, fields)
@@ -119,7 +121,7 @@ def read_olmo2(attributes: Attributes) -> dict[str, Any]:
 def read_smollm3(attributes: Attributes) -> dict[str, Any]:
     """SmolLM3: every fourth layer has no rope."""
     attributes.get("pretraining_tp", 1)  # as for Llama; the published file says 2
-    attributes.get("max_window_layers", None)  # left over from Qwen2, whose class reads it
+    attributes.get("max_window_layers", None)  # a leftover from Qwen2
     fields = read_sizes(attributes, kv_heads=4, tied=True) | read_attention_bias(attributes)
     fields["mlp_bias"] = attributes.switch("mlp_bias", False)
     num_layers = fields["num_layers"]
@@ -128,15 +130,18 @@ def read_smollm3(attributes: Attributes) -> dict[str, Any]:
     if rotated is None:
         rotated = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     window = _switched_window(attributes, None)
-    slides = [window is not None and not turns for turns in rotated]
+    slides = [window is not None and not has_rope for has_rope in rotated]
     windows = read_windows(attributes, num_layers, window, slides)
     rope = read_rope(attributes, max_positions=fields["max_positions"], theta=2e6)
-    kinds = zip(rotated, windows, strict=True)
-    return fields | by_layer([AttentionKind(rope if turns else None, w) for turns, w in kinds])
+    kinds = [
+        AttentionKind(rope if has_rope else None, window)
+        for has_rope, window in zip(rotated, windows, strict=True)
+    ]
+    return fields | by_layer(kinds)
 
 
 def read_granite(attributes: Attributes) -> dict[str, Any]:
-    """Granite 3 (dense): multipliers of embedding, attention, residual stream and logits."""
+    """Granite 3 (dense): factors on embedding, attention, residual stream and logits."""
     fields = read_sizes(attributes) | read_attention_bias(attributes)
     fields |= {
         "mlp_bias": attributes.switch("mlp_bias", False),
@@ -151,8 +156,8 @@ def read_granite(attributes: Attributes) -> dict[str, Any]:
 def _phi3_keys() -> dict[str, Key]:
     keys = llama_keys()
     for module, block, fused, names in (
-        ("attention", "self_attn", "qkv_proj", ("q", "k", "v")),
-        ("mlp", "mlp", "gate_up_proj", ("gate", "up")),
+        ("attention", "self_attn", "qkv_proj", QKV),
+        ("mlp", "mlp", "gate_up_proj", GATE_UP),
     ):
         members = tuple(f"layers.{module}.{name}.weight" for name in names)
         key = Key(f"model.layers.{{layer}}.{block}.{fused}.weight", members)

@@ -1,4 +1,4 @@
-"""The rope's attributes, in all the generations of config.json."""
+"""The rope's attributes, in every generation of config.json."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from jaxgrad.models.config import Rope
 from jaxgrad.models.families.attributes import Attributes, shown
 
-# "su" is what Microsoft's first Phi-3 files call longrope.
+# Microsoft's first Phi-3 files call longrope "su".
 ROPE_KINDS = {name: name for name in ("default", "linear", "llama3", "longrope")}
 ALIASES = {"su": "longrope"}
 NESTED = ("full_attention", "sliding_attention")
@@ -22,19 +22,19 @@ def read_rope(
     fraction: float = 1.0,
     fraction_name: str | None = None,
 ) -> Rope:
-    """The one rope of all layers.
+    """The rope of a model whose layers share one.
 
-    transformers 5 writes `rope_parameters`; older ones write `rope_theta` and, for long contexts,
-    `rope_scaling`, its kind under "type" or "rope_type". What is said twice must be said alike.
+    transformers 5 writes `rope_parameters`. Older versions write `rope_theta` and, for long contexts,
+    `rope_scaling` with its kind under "type" or "rope_type". Values given twice must agree.
 
     Args:
         attributes: of the whole config.
-        max_positions: the model's positions, where the rope does not say those of its training.
+        max_positions: the model's positions, if the rope does not give those of its training.
         theta: transformers' default for the family.
-        theta_name: the family's name for it beside the objects.
-        fraction: the default of the rotated fraction.
-        fraction_name: the family's name for it beside the objects; without one, heads are rotated
-            whole.
+        theta_name: the family's top-level name for theta.
+        fraction: default of the rotated fraction.
+        fraction_name: the family's top-level name for the rotated fraction; None if the family always
+            rotates whole heads.
     """
     parts = []
     for name in ("rope_scaling", "rope_parameters"):
@@ -54,10 +54,10 @@ def read_rope(
 def read_local_and_global_rope(
     attributes: Attributes, *, max_positions: int, local_theta: float, global_theta: float
 ) -> tuple[Rope, Rope]:
-    """The ropes of sliding and of full layers (Gemma 3).
+    """The ropes of windowed and of full layers (Gemma 3).
 
-    Older files write `rope_local_base_freq`, `rope_theta` and `rope_scaling`, the last for full
-    layers only; transformers 5 writes an object for each of the two into `rope_parameters`.
+    Older files write `rope_local_base_freq` for windowed layers, `rope_theta` and `rope_scaling` for full
+    ones; transformers 5 writes an object for each of the two into `rope_parameters`.
     """
     nested = attributes.get("rope_parameters", None)
     if nested is None:
@@ -91,7 +91,7 @@ def _read(
     else:
         fields["theta"] = whole.number(theta_name, theta)
     if fraction_name is None:
-        rope.require("partial_rotary_factor", 1.0)  # transformers rotates whole heads there
+        rope.require("partial_rotary_factor", 1.0)
     elif rope.has("partial_rotary_factor"):
         fields["rotated_fraction"] = rope.number("partial_rotary_factor")
         whole.require(fraction_name, rope.get("partial_rotary_factor"))
@@ -113,7 +113,7 @@ def _read(
         fields |= _longrope_fields(whole, rope, max_positions)
     whole.include(rope)
     if not whole.sound:
-        return Rope(fields["theta"])  # a stand-in: the config is refused
+        return Rope(fields["theta"])  # a stand-in: `finish` will raise
     try:
         return Rope(**fields)
     except ValueError as error:
@@ -122,7 +122,7 @@ def _read(
 
 
 def _longrope_fields(whole: Attributes, rope: Attributes, max_positions: int) -> dict[str, Any]:
-    """LongRoPE (arXiv 2402.13753) as transformers reads it; the outer length has priority."""
+    """LongRoPE (arXiv 2402.13753) as transformers reads it: the top-level length has priority."""
     inner = rope.count("original_max_position_embeddings", max_positions)
     original = whole.count("original_max_position_embeddings", inner)
     stretch = rope.number("factor", max_positions / original)

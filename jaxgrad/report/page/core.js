@@ -1,5 +1,8 @@
 // Elements, numbers and data blocks. Text enters the page as text alone, never as markup.
 
+// The statistic that the page opens with; comparisons.py has the same name for it.
+const NORM = "nuclear_norm";
+
 const byId = (id) => document.getElementById(id);
 
 function element(tag, attributes = {}, ...children) {
@@ -52,7 +55,7 @@ function unpackCurve([exponent, values, down, up]) {
   return { values: values.map(scale), low: moved(down, -1), high: moved(up, 1) };
 }
 
-// Plotly reads a little markup in its texts; names out of data must not be any.
+// Plotly understands some markup in texts. Names from data must not be taken for it.
 const plain = (text) =>
   String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%\u200b{");
 
@@ -96,7 +99,7 @@ function swatch(look, width = 2) {
   return svg;
 }
 
-// Controls. Each has an id, so that the focus survives when they are built anew.
+// Controls. Each has an id, so that the focus stays where it was when they are rebuilt.
 function chooser(id, label, options, value, change) {
   const select = element("select", { id, on: { change: () => change(select.value) } },
     ...options.map(([key, text, disabled]) => element("option", { value: key, disabled, selected: String(key) === String(value) }, text)));

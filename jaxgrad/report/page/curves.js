@@ -3,7 +3,7 @@
 let core = null;
 const state = { tab: "curves", model: 0, data: 0, statistic: null, kind: null, run: null, layout: "setting", bands: true, shared: true, log: false, off: { projection: new Set(), setting: new Set(), response: new Set() } };
 
-// Settings, where they share a panel: Tol's muted colours, none of which is a projection's.
+// Colours of settings that share a panel: Tol's muted ones, which no projection has.
 const SETTING_COLOURS = ["#332288", "#CC6677", "#44AA99", "#AA8A2E", "#882255", "#117733", "#6699CC", "#888888"];
 const SETTING_DASHES = ["solid", "9px,3px", "3px,2px", "9px,3px,2px,3px", "14px,3px", "1px,2px"];
 const SETTING_SYMBOLS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];

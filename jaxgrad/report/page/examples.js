@@ -1,23 +1,13 @@
 // The example browser.
 
-const browser = { model: 0, data: 0, cell: null, numbers: "mean", filter: "", sort: "nuclear_norm", sign: -1, chosen: null, items: [], texts: [] };
-const DERIVED = {
-  loss_normalised_norm: (norm, item) => (item.loss ? norm / item.loss : null),
-  sum_loss_norm: (norm, item) => (item.tokens == null ? null : norm * item.tokens),
-};
-const DRAWN = ["nuclear_norm", "sigma_ratio", "effective_rank"];
-const SHORT = { nuclear_norm: "norm", sigma_ratio: "σ₁ share", effective_rank: "eff. rank", effective_rank_fraction: "… of ceiling", loss_normalised_norm: "norm / loss", sum_loss_norm: "norm, summed" };
+const browser = { model: 0, data: 0, cell: null, numbers: "mean", filter: "", sort: NORM, sign: -1, chosen: null, items: [], texts: [] };
 
 const hasExamples = (place) => core.blocks.includes(`examples-${place}`);
 
 // An example's mean over layers of a statistic, of one projection or of their mean.
 function exampleNumber(item, statistic, which) {
-  const perProjection = (p) => {
-    if (item[statistic]) return Array.isArray(item[statistic][p]) ? mean(unpackCurve(item[statistic][p]).values) : item[statistic][p];
-    if (DERIVED[statistic] && item.nuclear_norm) return DERIVED[statistic](perProjectionNorm(p), item);
-    return null;
-  };
-  const perProjectionNorm = (p) => mean(unpackCurve(item.nuclear_norm[p]).values);
+  const found = item.statistics[statistic];
+  const perProjection = (p) => (found == null ? null : Array.isArray(found[p]) ? mean(unpackCurve(found[p]).values) : found[p]);
   const { projections } = core.cells[browser.cell];
   const places = which === "mean" ? projections.map((_, p) => p) : [projections.indexOf(which)];
   const values = places.map(perProjection);
@@ -25,8 +15,9 @@ function exampleNumber(item, statistic, which) {
 }
 
 function columns() {
-  const statistics = Object.keys(core.statistics).map((name) => [name, SHORT[name] ?? name, core.statistics[name].title]);
-  return [["id", "id", "The record's own id"], ["loss", "loss", "Mean loss of the response's tokens, in nats"], ["tokens", "tokens", "Response tokens"], ...statistics];
+  const statistics = Object.entries(core.statistics).map(([name, about]) => [name, about.short, about.title]);
+  const loss = [`The ${core.loss.phrase}`, core.loss.unit].filter(Boolean).join(", in ");
+  return [["id", "id", "The record's own id"], ["loss", "loss", loss], ["tokens", "tokens", "Response tokens"], ...statistics];
 }
 
 async function chooseCell(place) {
@@ -112,14 +103,15 @@ async function showExample(item) {
   if (instruction == null && response == null) body.append("The file of this run has no texts.");
   else body.append(instruction ?? "", "\n", element("mark", { dir: "auto", title: "the response: its tokens carry the loss" }, response ?? ""));
   const names = cell.projections;
-  const plots = DRAWN.filter((name) => item[name]).map((name) => [name, element("div", { class: "plot", role: "img", "aria-label": `${core.statistics[name]?.title ?? name} of this example over layers` })]);
+  const drawn = Object.keys(core.statistics).filter((name) => core.statistics[name].drawn && item.statistics[name]);
+  const plots = drawn.map((name) => [name, element("div", { class: "plot", role: "img", "aria-label": `${core.statistics[name].title} of this example over layers` })]);
   root.replaceChildren(
     element("h3", {}, "Example ", element("bdi", {}, item.id)),
     element("ul", { class: "facts" },
-      fact(shown(item.loss), "loss, nats a token"), fact(shown(item.tokens), "response tokens"), fact(`#${item.index}`, "in its file"),
+      fact(shown(item.loss), ["loss", core.loss.unit].filter(Boolean).join(", ")), fact(shown(item.tokens), "response tokens"), fact(`#${item.index}`, "in its file"),
       item.truncated ? fact("cut", "at the longest length") : item.truncated === false ? fact("whole", "not truncated") : null).cloneNode(true),
     body,
-    ...plots.flatMap(([name, div]) => [element("h4", {}, core.statistics[name]?.title ?? name), div]),
+    ...plots.flatMap(([name, div]) => [element("h4", {}, core.statistics[name].title), div]),
     element("div", { class: "keys" }, ...names.map((name) => element("span", {}, swatch(core.projections[name]), core.projections[name].title)), element("span", {}, swatch({ colour: "#868e9a", dash: "2px,2px" }, 1.25), "mean of the set")),
   );
   for (const [name, div] of plots) {
@@ -132,7 +124,7 @@ async function showExample(item) {
     });
     names.forEach((projection, p) => {
       const look = core.projections[projection];
-      series.push({ key: projection, name: look.title, look, layers: cell.layers, sizes: 4, ...unpackCurve(item[name][p]) });
+      series.push({ key: projection, name: look.title, look, layers: cell.layers, sizes: 4, ...unpackCurve(item.statistics[name][p]) });
     });
     await drawLines(div, series, { axis: "", bands: false, quiet: true });
   }

@@ -21,7 +21,7 @@ function layoutOf(look, extra) {
   };
 }
 
-// The outline of a band, one closed piece for each run of layers that have limits.
+// The outline of a band: one closed piece for each stretch of layers that have limits.
 function band(layers, low, high, floor) {
   const x = [], y = [];
   for (let i = 0; i < layers.length; i++) {
@@ -38,7 +38,7 @@ function band(layers, low, high, floor) {
 
 const finite = (values) => values.filter((value) => value != null);
 
-// The y range of some series, with air; null where there is nothing.
+// The y range of some series, with some room; null where there are no values.
 function rangeOf(series, { log, bands }) {
   let all = series.flatMap((s) => finite(bands ? [...s.values, ...s.low, ...s.high] : s.values));
   if (log) all = all.filter((value) => value > 0).map(Math.log10);
@@ -76,7 +76,7 @@ function drawLines(div, series, { axis, range, log = false, bands = true, segmen
   if (zero) shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, line: { color: look.faint, width: 1 }, layer: "below" });
   for (const [i, [first, last]] of (segments ?? []).entries()) {
     if (i) shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: first - 0.5, x1: first - 0.5, line: { color: look.rule, width: 1, dash: "1px,3px" }, layer: "below" });
-    annotations.push({ text: ["early", "middle", "last"][i], x: (first + last) / 2, xref: "x", y: 1, yref: "paper", yanchor: "bottom", showarrow: false, font: { size: 10, color: look.faint } });
+    annotations.push({ text: core.segments[i], x: (first + last) / 2, xref: "x", y: 1, yref: "paper", yanchor: "bottom", showarrow: false, font: { size: 10, color: look.faint } });
   }
   const layers = series[0]?.layers ?? [0, 1];
   const style = axisStyle(look);
@@ -105,7 +105,7 @@ function drawMatrix(div, layers, rows, most) {
   }), CONFIG);
 }
 
-// Panels by key: kept where the key stays, so that Plotly changes a plot instead of building it.
+// Shows panels. One whose key was there before is kept, so that Plotly updates its plot.
 function showPanels(root, wanted) {
   const old = new Map([...root.children].filter((c) => c.dataset.key).map((c) => [c.dataset.key, c]));
   const nodes = wanted.map((panel) => {

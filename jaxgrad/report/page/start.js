@@ -1,4 +1,4 @@
-// Start: the tables need nothing; curves and examples need the data and plotly.js unpacked.
+// Start: the tables work at once; curves and examples wait for the data and plotly.js to be unpacked.
 
 function sayWhy(text) {
   byId("no-curves").hidden = false;
@@ -33,7 +33,7 @@ async function start() {
     sayWhy("The curves and the examples need a browser with DecompressionStream (Chrome 80, Firefox 113, Safari 16.4 or later). The findings and the tables are complete without it.");
     return;
   }
-  const [library, found] = await Promise.all([unpackText("plotly"), load("core"), load("curves-nuclear_norm")]);
+  const [library, found] = await Promise.all([unpackText("plotly"), load("core"), load(`curves-${NORM}`)]);
   core = found;
   performance.mark("jaxgrad-unpacked");
   // The policy knows this script by its digest.

@@ -1,4 +1,4 @@
-// Sorting of the tables that stand in the page as HTML.
+// Sorting of the HTML tables.
 
 const textOrder = new Intl.Collator(undefined, { numeric: true });
 
@@ -7,7 +7,7 @@ function sortValue(row, column) {
   return cell.dataset.v === undefined ? cell.textContent : Number(cell.dataset.v);
 }
 
-// Numbers by size, texts by the alphabet; what is undefined comes last, whichever the direction.
+// Numbers by size, texts by the alphabet; undefined values come last in both directions.
 function compareValues(a, b, sign) {
   const undefinedA = a == null || Number.isNaN(a), undefinedB = b == null || Number.isNaN(b);
   if (undefinedA || undefinedB) return undefinedA - undefinedB;

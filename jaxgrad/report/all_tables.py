@@ -1,4 +1,4 @@
-"""Which tables a report has, in the paper's arrangement: models and settings down, projections across."""
+"""The tables of a report, in the paper's arrangement: models and settings down, projections across."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -7,28 +7,29 @@ import numpy as np
 from scipy.stats import false_discovery_control
 
 from jaxgrad.analysis import Contrast, Interval
-from jaxgrad.analysis.similarity import PARTNERS
+from jaxgrad.analysis.curves import SEGMENTS
+from jaxgrad.projections import PARTNER_PAIRS
 from jaxgrad.report.cells import Cell, file_stem
-from jaxgrad.report.comparisons import NORM, SUM_LOSS, CellCurves, Comparison, Study
-from jaxgrad.report.style import STATISTIC_NAMES
+from jaxgrad.report.comparisons import NORM, CellCurves, Comparison, Report
+from jaxgrad.report.style import loss_words
 from jaxgrad.report.tables import NOTHING, Column, Number, Table, Value
 from jaxgrad.report.verdicts import verdict_of
+from jaxgrad.results.losses import RESPONSE_MEAN
 
 _ROLE = (Column("model"), Column("data"), Column("response"), Column("setting"))
 _COMPARED = tuple(map(Column, ("model", "data", "response", "first", "second")))
 _COMPARED_RESPONSES = tuple(map(Column, ("model", "data", "setting", "first", "second")))
-_SEGMENTS = ("early", "middle", "last")
 
 
-def study_tables(study: Study) -> list[Table]:
-    """Every table for which the study has something, in the order in which they are read."""
-    tables = [_counts(study)]
-    for data in study.data_sets():
-        curves = [c for c in study.curves if c.cell.role.data == data]
-        tables += [_mad(data, curves, study.resampling.level), _segment_mad(data, curves)]
-    tables += [_means(study), _settings(study), _length(study, "setting"), _responses(study)]
-    tables += [_length(study, "response")]
-    tables += [_models(study), _similarity(study)]
+def all_tables(report: Report) -> list[Table]:
+    """Every table that has a row, in the order in which they are read."""
+    tables = [_counts(report)]
+    for data in report.data_sets():
+        curves = [c for c in report.curves if c.cell.role.data == data]
+        tables += [_mad(data, curves, report.resampling.level), _segment_mad(data, curves)]
+    tables += [_means(report), _settings(report), _length(report, "setting"), _responses(report)]
+    tables += [_length(report, "response")]
+    tables += [_models(report), _more_statistics(report), _similarity(report)]
     return [table for table in tables if table.rows]
 
 
@@ -60,12 +61,12 @@ def _spread(values: Sequence[Number], of: Sequence[str], over: Sequence[str]) ->
     return [known.get(name, Number(np.nan)) for name in over]
 
 
-def _counts(study: Study) -> Table:
+def _counts(report: Report) -> Table:
     rows = []
-    for cell in study.cells:
+    for cell in report.cells:
         examples = cell.examples
         truncated = np.nan if examples.num_truncated is None else examples.num_truncated
-        tokens = examples.response_tokens_E[np.isfinite(examples.response_tokens_E)]
+        tokens = examples.response_tokens[np.isfinite(examples.response_tokens)]
         rows.append(
             (
                 *_role(cell),
@@ -74,15 +75,17 @@ def _counts(study: Study) -> Table:
                 "; ".join(f"{n} x {why}" for why, n in examples.reasons().items()) or NOTHING,
                 Number(truncated, form="count"),
                 Number(float(np.median(tokens)) if len(tokens) else np.nan, form="count"),
-                Number(float(examples.loss_E.mean())),
+                Number(float(examples.loss.mean())),
             )
         )
     names = ("used", "left out", "why", "truncated", "median response tokens", "mean loss")
+    unit = loss_words(report.loss_name).unit
+    loss = f"in {unit}" if unit else report.loss_name
     return Table(
         "examples",
         "Examples used and left out",
         "Truncated examples are used, cut at max_length; their response may have lost its end. "
-        "The loss is in nats per response token.",
+        f"The loss is {loss}.",
         (*_ROLE, *map(Column, names)),
         tuple(rows),
     )
@@ -129,20 +132,20 @@ def _segment_mad(data: str, curves: Sequence[CellCurves]) -> Table:
         _title("MAD of the nuclear norm by segment", data),
         "MAD over the early, middle and last layers; a step across a boundary belongs to none. "
         "Intervals as for all layers.",
-        (*_ROLE, *(Column(p, segment) for segment in _SEGMENTS for p in over)),
+        (*_ROLE, *(Column(p, segment) for segment in SEGMENTS for p in over)),
         tuple(rows),
     )
 
 
-def _means(study: Study) -> Table:
-    over = _projections(study.curves)
+def _means(report: Report) -> Table:
+    over = _projections(report.curves)
     rows = []
-    for c in study.curves:
+    for c in report.curves:
         of = c.cell.examples.projections
         for name, found in c.descriptions.items():
             numbers = _spread(_each(found.mean_P, len(of)), of, over)
             mads = _spread(_each(found.mad_P, len(of)), of, over)
-            rows.append((*_role(c.cell), STATISTIC_NAMES[name].title, *numbers, *mads))
+            rows.append((*_role(c.cell), report.statistics[name].title, *numbers, *mads))
     return Table(
         "statistics",
         "All statistics",
@@ -158,12 +161,12 @@ def _means(study: Study) -> Table:
     )
 
 
-def _of_kind(study: Study, kind: str) -> list[Comparison]:
-    return [c for c in study.comparisons if c.kind == kind]
+def _of_kind(report: Report, kind: str) -> list[Comparison]:
+    return [c for c in report.comparisons if c.kind == kind]
 
 
 def _contrast_numbers(contrast: Contrast, p: int) -> list[Number]:
-    """What every table of comparisons has of one projection: ratio, MADs, AUC, pairs, p."""
+    """What every table of comparisons has of one projection: ratio, MAD difference, AUC, pairs, p."""
     return [
         _each(contrast.ratio_P, 0)[p],
         _each(contrast.mad_difference_P, p + 1)[p],
@@ -177,7 +180,7 @@ _CONTRAST_COLUMNS = ("ratio", "MAD difference", "AUC", "pairs", "p", "p, FDR")
 
 
 def _with_fdr(rows: list[tuple[Value, ...]]) -> tuple[tuple[Value, ...], ...]:
-    """Rows that end in p, with Benjamini & Hochberg's adjusted p behind it."""
+    """Adds Benjamini & Hochberg's adjusted p to rows that end in p."""
     found = [row[-1].value if isinstance(row[-1], Number) else np.nan for row in rows]
     p = np.array(found, np.float64)
     adjusted = np.full_like(p, np.nan)
@@ -187,10 +190,10 @@ def _with_fdr(rows: list[tuple[Value, ...]]) -> tuple[tuple[Value, ...], ...]:
     return tuple((*row, Number(float(q), form="p")) for row, q in zip(rows, adjusted, strict=True))
 
 
-def _settings(study: Study) -> Table:
+def _settings(report: Report) -> Table:
     rows: list[tuple[Value, ...]] = [
         (*_compared(c), p, *_contrast_numbers(c.contrasts[NORM], k))
-        for c, k, p in _by_projection(_of_kind(study, "setting"))
+        for c, k, p in _by_projection(_of_kind(report, "setting"))
     ]
     return Table(
         "settings",
@@ -204,11 +207,11 @@ def _settings(study: Study) -> Table:
     )
 
 
-def _length(study: Study, kind: Literal["setting", "response"]) -> Table:
+def _length(report: Report, kind: Literal["setting", "response"]) -> Table:
     rows = []
-    for c, k, p in _by_projection(_of_kind(study, kind)):
+    for c, k, p in _by_projection(_of_kind(report, kind)):
         verdict = verdict_of(c, k)
-        ratios = [_ratio(c.contrasts.get(SUM_LOSS), k), _ratio(c.matched, k)]
+        ratios = [_ratio(c.summed, k), _ratio(c.matched, k)]
         pairs = np.nan if c.match is None else len(c.match.pairs)
         adjusted, overlap = Number(np.nan), np.nan
         if c.regression is not None:
@@ -229,7 +232,7 @@ def _length(study: Study, kind: Literal["setting", "response"]) -> Table:
         *(Column(n, "regression on log length") for n in ("ratio", "overlap", "so the contrast")),
         *(Column(n, "effective rank") for n in ("ratio", "ratio, of its ceiling")),
     )
-    settings = kind == "setting"
+    settings, is_mean = kind == "setting", report.loss_name == RESPONSE_MEAN
     return Table(
         "length" if settings else "length_responses",
         f"{'Settings compared' if settings else 'Correct and irrelevant responses'}: what length does",
@@ -241,16 +244,16 @@ def _length(study: Study, kind: Literal["setting", "response"]) -> Table:
         (
             *(_COMPARED if settings else _COMPARED_RESPONSES),
             Column("projection"),
-            Column("ratio", "mean of the loss"),
+            Column("ratio", "mean of the loss" if is_mean else "as measured"),
             *controls,
         ),
         tuple(rows),
     )
 
 
-def _responses(study: Study) -> Table:
+def _responses(report: Report) -> Table:
     rows: list[tuple[Value, ...]] = []
-    for c, k, p in _by_projection(_of_kind(study, "response")):
+    for c, k, p in _by_projection(_of_kind(report, "response")):
         found = c.contrasts[NORM]
         layers = found.first.examples.layers
         largest = ", ".join(str(layers[place]) for place in found.largest[:, k])
@@ -290,9 +293,9 @@ def _responses(study: Study) -> Table:
     )
 
 
-def _models(study: Study) -> Table:
+def _models(report: Report) -> Table:
     rows: list[tuple[Value, ...]] = []
-    for c, k, p in _by_projection(_of_kind(study, "model")):
+    for c, k, p in _by_projection(_of_kind(report, "model")):
         role = c.first.role
         rows.append(
             (
@@ -315,14 +318,36 @@ def _models(study: Study) -> Table:
     )
 
 
-def _similarity(study: Study) -> Table:
+def _more_statistics(report: Report) -> Table:
+    """The comparisons by the statistics that were asked for besides the default ones."""
+    rows: list[tuple[Value, ...]] = []
+    for c in report.comparisons:
+        for one in report.more_statistics:
+            found = c.contrasts.get(one.name)
+            if found is None:
+                continue
+            for k, p in enumerate(found.first.examples.projections):
+                role = c.first.role
+                rows.append((role.model, c.title, one.title, p, *_contrast_numbers(found, k)))
+    names = ("model", "compared", "statistic", "projection", *_CONTRAST_COLUMNS)
+    return Table(
+        "more_statistics",
+        "Comparisons by other statistics",
+        "Columns as in the table of settings. "
+        + " ".join(statistic.about for statistic in report.more_statistics),
+        tuple(map(Column, names)),
+        _with_fdr(rows),
+    )
+
+
+def _similarity(report: Report) -> Table:
     rows = []
-    over = _projections(study.curves)
-    for cell in study.cells:
+    over = _projections(report.curves)
+    for cell in report.cells:
         found = cell.similarity
         if found is None:
             continue
-        partners = [Number(np.nan)] * len(PARTNERS)
+        partners = [Number(np.nan)] * len(PARTNER_PAIRS)
         if found.partner_L2 is not None:
             partners = [Number(float(x)) for x in found.partner_L2.estimate.mean(axis=0)]
         neighbours = [Number(np.nan)] * len(over)
@@ -337,7 +362,7 @@ def _similarity(study: Study) -> Table:
         "layer, and of one projection in neighbouring layers.",
         (
             *_ROLE,
-            *(Column(f"{a} · {b}", "same layer") for a, b in PARTNERS),
+            *(Column(f"{a} · {b}", "same layer") for a, b in PARTNER_PAIRS),
             *(Column(p, "neighbouring layers") for p in over),
         ),
         tuple(rows),

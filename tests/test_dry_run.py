@@ -11,9 +11,12 @@ import pytest
 from tiny_models import Tiny, save_tiny
 
 import jaxgrad
-from jaxgrad import options, pipeline
-from jaxgrad.measure import memory, programs
-from jaxgrad.runs import plan
+from jaxgrad import pipeline
+from jaxgrad.checkpoints import Checkpoint, open_checkpoint
+from jaxgrad.data.batches import BatchShape
+from jaxgrad.measure import memory
+from jaxgrad.measure import programs as program
+from jaxgrad.runs import plan as planning
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = jaxgrad.AnalyzeOptions(max_length=48, chat="no", parameters="q_proj")
@@ -59,16 +62,16 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(
     def refuse(*_, **__):
         raise AssertionError("a dry run loads no weights and compiles nothing")
 
-    monkeypatch.setattr("jaxgrad.models.Checkpoint.load", refuse)
+    monkeypatch.setattr(Checkpoint, "load", refuse)
     monkeypatch.setattr(program.Programs, "compiled", refuse)
     before = sorted(tmp_path.rglob("*"))
     found, lines = plan(model_dir, data_path, output_dir=tmp_path / "none")
     assert sorted(tmp_path.rglob("*")) == before
-    assert (found.num_examples, found.num_measured) == (6, 5)
-    assert found.num_matrices == 5 * 3  # q of three layers
+    assert (len(found.plan.tokenized), len(found.plan.measurable)) == (6, 5)
+    assert found.plan.num_matrices == 3  # q of three layers
     # One batch holds all five.
-    assert sum(found.shapes.values()) == 1 and found.seconds is None
-    assert found.memory.total == found.choice.needed
+    assert sum(found.plan.shapes.values()) == 1 and found.seconds is None
+    assert found.plan.memory.total == found.plan.choice.needed
     assert lines[0].startswith("memory: ") and " disk: " in lines[0]
     assert "15 in all" in lines[1] and "1 skipped" in lines[4]
 
@@ -92,11 +95,11 @@ def test_a_calibration_estimates_the_time(model_dir, data_path):
 def test_a_continued_run_keeps_the_number_that_was_chosen(
     model_dir, data_path, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(options.DEFAULT_BATCH_TOKENS, "cpu", 128)
-    config = jaxgrad.models.open_checkpoint(str(model_dir)).config
+    monkeypatch.setitem(memory.DEFAULT_BATCH_TOKENS, "cpu", 128)
+    config = open_checkpoint(str(model_dir)).config
     alone, four = (
         memory.predict_memory(
-            config, "float32", OPTIONS.settings_for(config), program.BatchShape(B, 32, 16)
+            config, "float32", planning.settings_for(OPTIONS, config), BatchShape(B, 32, 16)
         ).total
         for B in (1, 4)
     )
@@ -118,7 +121,7 @@ def test_a_continued_run_keeps_the_number_that_was_chosen(
     # On another day there is more memory.
     monkeypatch.setattr(program.Programs, "measure", original)
     monkeypatch.setattr(planning, "memory_at_hand", lambda: 10**12)
-    assert plan(model_dir, data_path, output_dir=tmp_path / "r")[0].choice.batch_tokens == chosen
+    assert plan(model_dir, data_path, output_dir=tmp_path / "r")[0].plan.choice.batch_tokens == chosen
     ended, _ = run(model_dir, data_path, tmp_path / "r")
     assert ended["finished"] and ended["identity"]["options"]["batch_tokens"] == chosen
     with pytest.raises(jaxgrad.UserError, match="batch_tokens"):
@@ -147,7 +150,7 @@ def test_a_run_says_and_records_that_batches_were_halved(
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return original(self, shape)
 
-    monkeypatch.setattr(program.Programs, "memory", lambda self, shape: fake_plan(shape))
+    monkeypatch.setattr(program.Programs, "memory", lambda self, shape: fake_account(shape))
     monkeypatch.setattr(program.Programs, "compiled", compiled)
     ended, lines = run(model_dir, data_path, tmp_path / "r", batch_tokens=64)
     assert ended["counts"]["ok"] == 5
@@ -156,5 +159,5 @@ def test_a_run_says_and_records_that_batches_were_halved(
     assert said == ["out of memory: batches of 2 x 32 tokens are measured as 1 x 32"]
 
 
-def fake_plan(shape):
-    return program.MemoryPlan(weights=1, work_space=1, shape=shape)
+def fake_account(shape):
+    return program.CompiledMemory(weights=1, work_space=1, shape=shape)

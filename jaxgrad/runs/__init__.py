@@ -1,0 +1,1 @@
+"""Runs: one plan, its windows, and the session that executes it."""
