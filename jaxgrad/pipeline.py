@@ -18,6 +18,7 @@ from jaxgrad.models.sharding import ONE_DEVICE, make_mesh, parse_mesh, shape_of
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.processes.group import ALONE, Group
 from jaxgrad.results import ExampleResult, iter_results, write_authors_jsonl
+from jaxgrad.results.authors import refuse_other_loss
 from jaxgrad.results.layout import AUTHORS_FILE
 from jaxgrad.results.urls import path_below
 from jaxgrad.runs.asked import ask_run, date_for, recorded_date, run_directories
@@ -116,6 +117,7 @@ def run_analysis(
         Stopped: the process was asked to stop, see `processes.stopping`.
     """
     if output_format == "jsonl":
+        refuse_other_loss(options.loss)
         options = dataclasses.replace(options, extremes=True)
     make_mesh(parse_mesh(mesh) or ONE_DEVICE)  # too few devices are found before the data are read
     directories = run_directories(data_paths, output_dir)

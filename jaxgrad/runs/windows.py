@@ -1,4 +1,4 @@
-"""A run's windows: who measures which batch, and who merges which window's batches into its parts on disk."""
+"""A run's windows: who measures which batch, and who merges a window's batches into parts on disk."""
 
 import dataclasses
 import time
