@@ -228,7 +228,7 @@ def _random_decoder(config: Any, dtype: Any) -> tuple[Any, Any]:
 
     graphdef, abstract = abstract_decoder(config, dtype)
     arrays = {}
-    for place, (name, value) in enumerate(named_parameters(abstract).items()):
+    for index, (name, value) in enumerate(named_parameters(abstract).items()):
         if "norm" in name:
             scale = 0.0 if name.endswith("bias") or config.norm == "rms_plus_one" else 1.0
             arrays[name] = jax.numpy.full(value.shape, scale, dtype)
@@ -236,7 +236,7 @@ def _random_decoder(config: Any, dtype: Any) -> tuple[Any, Any]:
             draw = jax.jit(
                 lambda key, shape=value.shape: 0.02 * jax.random.normal(key, shape, dtype)
             )
-            arrays[name] = draw(jax.random.key(place))
+            arrays[name] = draw(jax.random.key(index))
     return graphdef, with_parameters(abstract, jax.block_until_ready(arrays))
 
 

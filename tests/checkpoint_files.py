@@ -1,4 +1,4 @@
-"""One tiny model of `tiny_models`, written to disk in every way, so that files can be spoiled; and read."""
+"""One tiny model of `tiny_models` as files of every format, with changes, and how to read them."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from jaxgrad.models.decoder import named_parameters
 UNTIED = tiny_models.Tiny(4, 2, tied=False)
 TIED = tiny_models.Tiny(4, 2, tied=True)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# A weight of the middle layer, to spoil: neither square nor the only one of its shape.
+# A weight of the middle layer, to damage: not square, and not the only one of its shape.
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 
@@ -47,7 +47,7 @@ def files_of(tiny: tiny_models.Tiny = UNTIED) -> Files:
 
 
 def weights_with(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
-    """The untied model's weights with others; None takes one out. Give names as a `**dict`."""
+    """The untied model's weights with changes; None removes one. Give names as a `**dict`."""
     weights = files_of().weights | changes
     return {name: values for name, values in weights.items() if values is not None}
 
@@ -69,10 +69,10 @@ def write_model(
     """The model as a Hugging Face directory.
 
     Args:
-        directory: is made.
+        directory: will be made.
         config: attributes that differ.
         weights: in place of the model's own; {} for none.
-        num_shards: deal the weights out to so many files under an index.
+        num_shards: split the weights over so many files with an index.
         tokenizer: whether it gets one.
     """
     directory.mkdir(parents=True)
@@ -97,7 +97,7 @@ def write_model(
 
 @functools.cache
 def gguf_bytes(tiny: tiny_models.Tiny = UNTIED) -> bytes:
-    """The same model as llama.cpp's converter lays it out."""
+    """The same model as GGUF, as llama.cpp's converter writes it."""
     tokenizer = tiny_models.build_tokenizer()
     model = tiny_models.build_model(tiny, len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray | None] | None = None,
 ) -> Path:
-    """The model as a GGUF file with other metadata entries or tensors; None takes one out."""
+    """The model as a GGUF file with other metadata entries or tensors; None removes one."""
     path.write_bytes(gguf_bytes())
     if metadata is None and tensors is None:
         return path
@@ -126,7 +126,7 @@ def write_gguf(
     for name, value in entries.items():
         if value is not None:
             kind = gguf.GGUFValueType.get_type(value)
-            # A number keeps the width that the original has.
+            # A number keeps the type of the original.
             same = name in types and not isinstance(value, str | list)
             writer.add_key_value(name, value, types[name][0] if same else kind)
     for name, array in values.items():
@@ -140,7 +140,7 @@ def write_gguf(
 
 
 def write_hub_cache(cache: Path, repository: str, **options: Any) -> Path:
-    """The model in a cache as huggingface_hub lays it out, without blobs; the cache's path."""
+    """The model in a cache as huggingface_hub writes it, but without blobs; the cache's path."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = cache / f"models--{repository.replace('/', '--')}"
     write_model(folder / "snapshots" / commit, **options)
@@ -150,7 +150,7 @@ def write_hub_cache(cache: Path, repository: str, **options: Any) -> Path:
 
 
 def refusal(path: Path | str) -> str:
-    """The message that opening the model ends with; its weights must not be needed for it."""
+    """The error message when the model is opened. Its weights are not read."""
     with pytest.raises(UserError) as caught:
         open_checkpoint(str(path))
     message = str(caught.value)

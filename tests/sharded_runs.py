@@ -1,4 +1,4 @@
-"""Eight CPU devices in one process: what every mesh gives, held against one device. Not a test itself.
+"""Eight CPU devices in one process: every mesh compared with one device. Not a test itself.
 
 `python sharded_runs.py compare MODELS MESHES OPTIONS` (each a list with commas) prints one line of JSON:
 for every combination the largest relative difference of each statistic. `python sharded_runs.py load DIR`
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A device's thread may wait long for the others: eight of them share two cores.
+    # Eight devices may share two cores, so a device's thread may wait long for the others.
     os.environ["XLA_FLAGS"] = (
         "--xla_force_host_platform_device_count=8 "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -202,7 +202,7 @@ def differences(found, expected):
 
 
 def compare(models, meshes, options):
-    """What every mesh gives, held against one device."""
+    """Differences of every mesh from one device."""
     results = {}
     for model in models:
         config = read_config(MODELS[model], model)[1]
@@ -220,7 +220,7 @@ def compare(models, meshes, options):
 
 
 def halved(config):
-    """A mesh on which a device has room for two rows: 13 examples become parts; none is refused."""
+    """A mesh whose devices have memory for two rows each: a batch of 13 is halved; then for none."""
     settings = MeasureSettings(select_parameters(config, "q_proj"))
     whole = measure(config, None, settings)
     mesh, original = make_mesh(MeshShape(4, 1)), Programs.compiled
@@ -270,7 +270,7 @@ def load(directory):
 
 
 def work_spaces(config):
-    """XLA's account of three examples on one device, and of 24 on eight."""
+    """XLA's reported memory for three examples on one device, and for 24 on eight."""
     settings = MeasureSettings(select_parameters(config, "q_proj"))
     spaces = {}
     for text, num_examples in (("1x1", 3), ("8x1", 24)):
@@ -281,7 +281,7 @@ def work_spaces(config):
 
 
 def reduced_shapes(config):
-    """Examples and layers that a device of 2 x 3 reduces, of 8 examples and all layers."""
+    """Numbers of examples and layers that each device of mesh 2x3 reduces, of 8 examples and all layers."""
     mesh = make_mesh(MeshShape(2, 3))
     settings = MeasureSettings(select_parameters(config, "all"))
     graphdef, state = abstract_decoder(config, np.float32)

@@ -1,4 +1,4 @@
-"""Whatever a user can give wrongly ends in one line that says what, where, and how to mend it."""
+"""Bad input ends in one line that says what is wrong, where, and how to mend it."""
 
 import dataclasses
 import json
@@ -29,11 +29,11 @@ def data(tmp_path) -> Path:
     return write_json(tmp_path / "data.json", RECORDS)
 
 
-# bin/analyze, as a user sees it
+# The command analyze, as a user sees it
 
 
 def refused_by_binary(*arguments: str | Path, cwd: Path) -> str:
-    """The one line that bin/analyze ends with; checks that it is all, and the exit code."""
+    """The one line that bin/analyze ends with. Checks the exit code, and that nothing else is printed."""
     done = subprocess.run(
         [sys.executable, str(ANALYZE), *map(str, arguments)],
         capture_output=True,
@@ -65,12 +65,16 @@ def refused_by_binary(*arguments: str | Path, cwd: Path) -> str:
             "--dtype=int8: value should be one of <float32",
         ),
         (["--data_path=data.json", "extra"], "argument 'extra' is not a flag"),
+        (
+            ["--data_path=data.json", "--output_format=jsonl", "--loss=response_sum"],
+            "--output_format=jsonl holds gradients of --loss=response_mean",
+        ),
     ],
 )
 def test_flags(data, arguments, told):
     message = refused_by_binary(*arguments, cwd=data.parent)
     assert told in message
-    if "--data_path=data.json" in arguments[:-1]:
+    if len(arguments) == 2:  # what is wrong is the flag itself
         assert "--help" in message
 
 
@@ -91,7 +95,7 @@ def test_a_data_file_that_is_cut(tmp_path):
     (tmp_path / "data.json").write_bytes(whole[:-5])
     message = refused_by_binary("--data_path=data.json", "--output_dir=out", cwd=tmp_path)
     assert "data.json: broken JSON: " in message
-    # The string that the cut runs through begins behind the last `": `.
+    # The string that was cut in two begins after the last `": `.
     assert f"at byte offset {whole.rindex(b': ') + 2} of {len(whole) - 5}" in message
 
 
@@ -145,7 +149,7 @@ def test_parameters_that_match_nothing(data, model):
     assert "model.layers.0.self_attn.q_proj.weight" in message
 
 
-# The library call behind it
+# The library call
 
 
 def refusal(data_path: Path, model_path: Path | str, output_dir: Path, **changes: Any) -> str:
@@ -218,6 +222,7 @@ def test_data_files(tmp_path, model, content, told):
         ({"parameters": "qkv_proj"}, "--parameters 'qkv_proj' matches none of the 22 weights"),
         ({"parameters": "("}, "--parameters '(' is not a regular expression"),
         ({"parameters": "norm"}, "--parameters 'norm' matches none"),
+        ({"loss": "mean"}, "--loss=mean is unknown; there are response_mean, response_sum"),
     ],
 )
 def test_options(tmp_path, data, model, changes, told):
@@ -251,7 +256,7 @@ def test_a_chat_template_without_end_is_named(tmp_path, data, monkeypatch):
 
 
 def test_a_file_s_text_cannot_steer_the_terminal(tmp_path, model):
-    """Escapes, overwritten lines, reversed text and half characters are shown, not printed."""
+    """Escapes, carriage returns, reversed text and half characters are shown as escapes."""
     name = "\x1b[2J\r\u202e\ud800\u2028é"
     data = write_json(tmp_path / "data.json", [{name: "a"}])
     message = refusal(data, model, tmp_path / "out")
@@ -267,7 +272,7 @@ def test_a_message_of_any_length_is_cut_in_its_middle(tmp_path, model):
 
 
 def test_a_tokenizer_whose_library_gives_up_is_refused(tmp_path, data, monkeypatch):
-    """A panic of Rust's is no `Exception`; one is not to be had on demand, so it is played."""
+    """A panic in Rust is no `Exception`. It cannot be caused on demand, so this test raises one."""
 
     class PanicException(BaseException):
         pass
@@ -290,7 +295,7 @@ def test_a_tokenizer_config_that_breaks_the_encoding_is_named(tmp_path, data, va
 
 
 def test_a_tokenizer_of_another_model(tmp_path, data):
-    # The embedding is cut before the last tokens; JAX would take its last row for them.
+    # The embedding lacks the last tokens' rows. JAX would take its last row for them.
     rows = 100
     weights = {
         name: values[:rows] if values.shape[0] == files_of().config["vocab_size"] else values

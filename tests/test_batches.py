@@ -1,4 +1,4 @@
-"""The grid of lengths, the plan, and what padding holds."""
+"""The grid of lengths, the plan of batches, and the padding."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ GRID = [octave + step * octave // 8 for octave in (32, 64, 128, 256) for step in
 
 
 def item(num_tokens, num_prompt, reason=None):
-    """Token ids are 1, 2, 3, ...: an id names its position, and none is the pad 0."""
+    """An example with token ids 1, 2, 3, ...: each tells its position, and none is the pad 0."""
     source = Example(0, "0" * 16, (Message("user", "x"),), "y")
     ids = np.arange(1, num_tokens + 1, dtype=np.int32)
     return TokenizedExample(source, ids, num_prompt, False, reason)

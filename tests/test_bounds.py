@@ -1,4 +1,4 @@
-"""Limits of time and memory around what a stranger's file directs, and that they are gone behind it."""
+"""Limits on time and memory while a file's code runs, and that they are lifted afterwards."""
 
 import resource
 import signal

@@ -59,7 +59,7 @@ def tokenizer_with(name):
 
 
 def rendered(name, protocol):
-    """Ours as text, prompt and response apart."""
+    """Our tokens as text: prompt and response."""
     tokenizer = tokenizer_with(name)
     item = tokenize(RECORD, tokenizer, Protocol(protocol, True, 4096))
     ids = item.token_ids.tolist()
@@ -73,7 +73,7 @@ def rendered(name, protocol):
 @pytest.mark.parametrize("protocol", ["paper", "clean"])
 def test_the_prompt_is_the_template_s_and_the_response_is_the_record_s(name, protocol):
     prompt, response = rendered(name, protocol)
-    # A token may straddle the two; `paper` counts it to the prompt.
+    # A token may be in both; `paper` counts it as prompt.
     assert (prompt + response).endswith(ANSWER)
     assert ANSWER.endswith(response) and len(response) >= len(ANSWER) - 3
     if protocol == "clean":

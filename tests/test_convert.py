@@ -1,4 +1,4 @@
-"""bin/convert: bitwise the source's results, nothing half done taken for whole, damage named."""
+"""bin/convert: the source's results bit by bit; half-written and damaged checkpoints are refused."""
 
 import json
 import shutil
@@ -30,11 +30,11 @@ from jaxgrad.checkpoints.saved import DESCRIPTION
 from jaxgrad.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# A fused weight read transposed, one that alternates by head, a decoder inside a larger model.
+# A fused and transposed weight, one fused head by head, a decoder inside a larger model.
 FAMILIES = ["gpt2", "gpt_neox_parallel", "gemma3_multimodal"]
 
 
-def quietly(source, target):
+def convert_to(source, target):
     lines = []
     convert_model(str(source), target, say=lines.append, progress=False)
     return lines
@@ -42,7 +42,7 @@ def quietly(source, target):
 
 def refusal(*arguments):
     with pytest.raises(UserError) as caught:
-        quietly(*arguments)
+        convert_to(*arguments)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -70,13 +70,13 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     directory = tmp_path_factory.mktemp("converted") / "d"
-    quietly(source, directory)
+    convert_to(source, directory)
     return directory
 
 
 @pytest.fixture
 def damaged(whole, tmp_path):
-    """A copy, to be spoiled."""
+    """A copy, to be damaged."""
     return Path(shutil.copytree(whole, tmp_path / "damaged"))
 
 
@@ -88,7 +88,7 @@ def damaged(whole, tmp_path):
 def test_every_dtype_comes_back_bit_by_bit(tmp_path, stored, dtype):
     weights = {name: values.astype(stored) for name, values in files_of().weights.items()}
     model = write_model(tmp_path / "m", weights=weights)
-    quietly(model, tmp_path / "d")
+    convert_to(model, tmp_path / "d")
     assert_same_model(model, tmp_path / "d", dtype)
     described = json.loads((tmp_path / "d" / DESCRIPTION).read_text())
     kinds = {entry["dtype"] for entry in described["parameters"].values()}
@@ -103,20 +103,20 @@ def test_layers_of_different_dtypes_are_kept_in_one_that_holds_them_all(tmp_path
         name = K_PROJ.replace(".1.", f".{layer}.").replace("k_proj", "v_proj")
         weights[name] = weights[name].astype(kind)
     model = write_model(tmp_path / "m", weights=weights)
-    quietly(model, tmp_path / "d")
+    convert_to(model, tmp_path / "d")
     assert_same_model(model, tmp_path / "d", "float32")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_layout_comes_back_bit_by_bit(tmp_path, name):
     model = family_models.save_model(family_models.MODELS[name], tmp_path / "m")
-    quietly(model, tmp_path / "d")
+    convert_to(model, tmp_path / "d")
     assert_same_model(model, tmp_path / "d", "float32")
 
 
 def test_a_gguf_file_comes_back_with_its_tokenizer(tmp_path):
     file = checkpoint_files.write_gguf(tmp_path / "m.gguf")
-    quietly(file, tmp_path / "d")
+    convert_to(file, tmp_path / "d")
     assert_same_model(file, tmp_path / "d", "float32")
     ours, theirs = (jaxgrad.load_model(str(p)).tokenizer for p in (tmp_path / "d", file))
     text = "<s> naïve  cafés\n\t12345 🚂</s><defined>"
@@ -163,7 +163,7 @@ def test_it_says_what_it_came_from(source, whole):
 
 def test_a_second_conversion_does_nothing(source, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    lines = quietly(source, whole)
+    lines = convert_to(source, whole)
     assert lines == [f"{whole} holds this conversion already: nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
@@ -183,7 +183,7 @@ def test_a_directory_with_anything_in_it_is_refused(source, tmp_path):
 
 def test_an_empty_directory_will_do(source, tmp_path):
     (tmp_path / "d").mkdir()
-    quietly(source, tmp_path / "d")
+    convert_to(source, tmp_path / "d")
     assert_same_model(source, tmp_path / "d", "float32")
 
 
@@ -198,9 +198,9 @@ def test_what_an_interrupted_conversion_left_is_replaced(source, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(convert, "write_description", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            quietly(source, tmp_path / "d")
+            convert_to(source, tmp_path / "d")
     assert not (tmp_path / "d").exists() and (tmp_path / "d.partial" / "weights").is_dir()
-    quietly(source, tmp_path / "d")
+    convert_to(source, tmp_path / "d")
     assert not (tmp_path / "d.partial").exists()
     assert_same_model(source, tmp_path / "d", "float32")
 
@@ -218,7 +218,7 @@ def test_a_place_that_cannot_be_written_is_told(source, tmp_path):
 
 
 def test_values_that_do_not_come_back_are_named(source, tmp_path, monkeypatch):
-    """A bit that the disk turns is found by the comparison with the source."""
+    """The comparison with the source finds a flipped bit."""
     restore = saved.SavedDecoder.restore
 
     def turned(self, config, dtype):
@@ -263,7 +263,7 @@ def test_a_file_that_is_cut_is_named(damaged):
 
 
 def test_weights_with_other_bytes_are_told_in_one_line(damaged):
-    """In a process of its own: TensorStore reports to an event loop that is closed by then."""
+    """In its own process, because TensorStore later reports to an event loop that is closed."""
     for path in data_files(damaged):
         path.write_bytes(bytes(byte ^ 0x55 for byte in path.read_bytes()))
     code = f"import sys, jaxgrad\ntry: jaxgrad.load_model({str(damaged)!r})\n"

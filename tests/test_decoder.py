@@ -40,7 +40,7 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def logits(config: DecoderConfig) -> np.ndarray:
-    """Of a decoder whose weights depend on their shapes alone."""
+    """Logits of a decoder whose weights depend only on their shapes."""
     graphdef, abstract = abstract_decoder(config, jnp.float32)
     flat = []
     for path, leaf in nnx.to_flat_state(abstract):
@@ -176,7 +176,7 @@ def test_parameters_are_counted_from_the_shapes(bias, gated, tied):
 
 
 def test_a_kind_for_each_layer_equals_one_kind_for_all():
-    """Layers that look their tables up compute what layers without a choice compute."""
+    """Layers that choose among kinds compute the same as layers of the only kind."""
     twice = dataclasses.replace(BASE, kinds=(BASE.kinds[0], AttentionKind(Rope(500.0), 99)))
     np.testing.assert_array_equal(
         logits(dataclasses.replace(twice, layer_kinds=(0, 1, 0))), logits(BASE)

@@ -121,7 +121,9 @@ def test_a_continued_run_keeps_the_number_that_was_chosen(
     # On another day there is more memory.
     monkeypatch.setattr(program.Programs, "measure", original)
     monkeypatch.setattr(planning, "memory_at_hand", lambda: 10**12)
-    assert plan(model_dir, data_path, output_dir=tmp_path / "r")[0].plan.choice.batch_tokens == chosen
+    assert (
+        plan(model_dir, data_path, output_dir=tmp_path / "r")[0].plan.choice.batch_tokens == chosen
+    )
     ended, _ = run(model_dir, data_path, tmp_path / "r")
     assert ended["finished"] and ended["identity"]["options"]["batch_tokens"] == chosen
     with pytest.raises(jaxgrad.UserError, match="batch_tokens"):

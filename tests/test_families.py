@@ -1,9 +1,8 @@
 """Every family against transformers and PyTorch: logits, losses, and the spectra of every gradient.
 
-The gradients are ours by the factors, as the program takes them; their spectra are NumPy's, because
-the program's own reduction does not know of families (`test_parity` and `test_spectra` hold it to
-this one). Two examples share a padded batch: one longer than the window and than longrope's change
-of factors, one shorter than the latter.
+The gradients come from our factors, their spectra from NumPy: the program's own reduction does not depend
+on the family, and is tested in `test_parity` and `test_spectra`. Two examples share a padded batch. One is
+longer than the window and than the length at which longrope changes its factors, one is shorter than that.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from jaxgrad.gradients.selection import parameter_names
 from jaxgrad.models.decoder import projections_of
 
 SHAPE = BatchShape(2, 64, 48)
-# float32: what two correct programs differ by; PyTorch's effective rank counts its null values.
+# float32: the difference of two correct programs. PyTorch's effective rank counts its rounding noise.
 TOLERANCES = {
     "float32": {"logits": 1e-5, "loss": 1e-5, "norms": 1e-4, "effective_rank": 5e-4},
     "float64": dict.fromkeys(("logits", "loss", "norms", "effective_rank"), 1e-8),
@@ -99,7 +98,7 @@ def describe(gradient_OI):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_whole_program_gives_pytorch_s_numbers(case, dtype):
-    """The same by `bin/compare`'s path: our own reduction, a program for each length, extremes."""
+    """The same through `bin/compare`: our own reduction, one program per length, extremes."""
     options = dataclasses.replace(OPTIONS, dtype=dtype, spectrum=False)
     comparison = reference.compare_with_torch(
         case.directory, [SHORT, LONG], options, say=lambda _: None, progress=False

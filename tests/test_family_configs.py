@@ -1,4 +1,4 @@
-"""Every family's config: published sizes, transformers as the witness, and nothing unread."""
+"""Every family's config: published sizes, agreement with transformers, and nothing unread."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def test_a_published_config_has_the_published_number_of_parameters(name):
 
 
 def test_every_family_has_a_published_config():
-    # Gemma 3's text decoder stands there by itself and inside the multimodal model.
+    # Gemma 3's text decoder occurs by itself and inside the multimodal model.
     assert {PUBLISHED[name]["model_type"] for name in DENSE} == FAMILIES.keys()
 
 
@@ -97,7 +97,7 @@ def test_a_published_config_reads_as_transformers_reads_it(name):
 
 # Nothing is left unread
 
-# What no text decoder's arithmetic depends on, beyond `IRRELEVANT`.
+# Attributes besides `IRRELEVANT` that change no text decoder's arithmetic.
 UNREAD = {
     "gpt2": {*GPT2_IRRELEVANT},
     "gpt_neox": {"is_decoder"},

@@ -1,4 +1,4 @@
-"""Every family's weights: each missing, unknown, misshapen or doubled one is named; fused ones split."""
+"""Every family's weights: missing, unknown, misshapen or duplicate ones are named; fused ones are split."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from jaxgrad.checkpoints import open_checkpoint
 from jaxgrad.checkpoints.fill import wanted_weights
 from jaxgrad.models.families import FAMILIES, Key
 
-# One model a family; where one is fused or renamed, that one.
+# One model per family, if possible one with fused or renamed weights.
 MODELS = {model.model_type: model for model in family_models.MODELS.values()}
 
 
@@ -44,7 +44,7 @@ def write(directory, model_type, weights, **config):
 
 
 def layer_weights(model_type):
-    """The names that the files have of the middle layer's weights, the decoder's only."""
+    """Names in the files of the middle layer's weights, without those outside the decoder."""
     family = FAMILIES[model_type]
     return [
         name
@@ -153,7 +153,7 @@ def test_gemma3_s_text_decoder_is_found_under_each_prefix(tmp_path):
 
 
 def test_phi_4_mini_s_code_is_neither_needed_nor_run(tmp_path):
-    """Its config names Microsoft's own files, which transformers has as `phi3`."""
+    """Its config names Microsoft's own code, which is transformers' `phi3`."""
     _, weights = files_of("phi3")
     code = {
         "AutoConfig": "configuration_phi3.Phi3Config",
@@ -190,7 +190,7 @@ def test_blocks_are_cut_in_their_order(transposed, ndim):
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_parts_that_alternate_by_head_are_gathered(ndim):
     heads, size = 2, 3
-    # Row r of part p says so: 100 p + r.
+    # Row r of part p has the value 100 p + r.
     parts = [np.arange(heads * size) + 100 * p for p in range(3)]
     fused = np.concatenate(
         [part[head * size : (head + 1) * size] for head in range(heads) for part in parts]

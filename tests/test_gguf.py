@@ -1,4 +1,4 @@
-"""GGUF files: the config, the weights and the names are those of the model that they were made from."""
+"""GGUF files: config, weights and names are those of the original model."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ from jaxgrad.models.families.attributes import IRRELEVANT
 
 @pytest.fixture(scope="module", params=CASES)
 def file_and_model(request, tmp_path_factory):
-    """A GGUF file in float32 and the transformers model that it was made from."""
+    """A GGUF file in float32 and its original transformers model."""
     case = CASES[request.param]
     model = gguf_files.build_model(case.config())
     path = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
@@ -46,7 +46,7 @@ def test_the_config_is_the_original_s(file_and_model):
     passive = IRRELEVANT | {"architectures", "use_sliding_window", "max_window_layers"}
     matters = set(original) - passive
     assert {name: ours[name] for name in matters} == {name: original[name] for name in matters}
-    # No attribute is told that the family's config does not know; this one the hub's files have.
+    # All attributes are known to the family's config class, except one that the hub's files have.
     assert set(ours) - set(original) <= {"sliding_window_pattern"}
 
 
@@ -64,7 +64,7 @@ def test_the_weights_are_the_original_s(file_and_model):
 
 
 def test_transformers_computes_the_same_from_the_config_and_the_weights(file_and_model):
-    """Nothing that changes an output is left out of the config, longer than any window."""
+    """The config lacks nothing that changes an output; the text is longer than any window."""
     file, model = file_and_model
     raw = file.hf_config()
     assert raw.pop("model_type") == model.config.model_type
@@ -78,13 +78,13 @@ def test_transformers_computes_the_same_from_the_config_and_the_weights(file_and
 
 
 def test_the_decoder_is_that_of_the_directory(file_and_model, tmp_path):
-    """Config and parameters, by the family's reader and table, from the file and from safetensors."""
+    """Config and parameters from the GGUF file and from safetensors."""
     file, model = file_and_model
     model.save_pretrained(tmp_path)
     family, config = read_config(file.hf_config(), file.where)
     same_family, same_config = read_config(read_model_config(tmp_path), str(tmp_path))
     assert family == same_family
-    # The file holds its numbers in float32.
+    # Numbers in the file are float32.
     assert config.norm_epsilon == pytest.approx(same_config.norm_epsilon, rel=1e-6)
     assert config == dataclasses.replace(same_config, norm_epsilon=config.norm_epsilon)
     directory = SafetensorsDirectory(tmp_path)
@@ -128,7 +128,7 @@ SIZES = {
 
 
 def config_of(architecture, divisors=None, **changes):
-    """The config from `SIZES` with other entries ("__" for a dot); None takes one out."""
+    """The config from `SIZES` with other entries ("__" for a dot); None removes one."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     values = {name: value for name, value in (SIZES | changes).items() if value is not None}
     if architecture not in ("gemma2", "gemma3"):
@@ -139,7 +139,7 @@ def config_of(architecture, divisors=None, **changes):
 @pytest.mark.parametrize(
     ("architecture", "num_layers", "width", "scalar"),
     [
-        # google/gemma-2-9b and -27b, google/gemma-3-12b and -27b: what their config.json say.
+        # From the config.json of google/gemma-2-9b and -27b, google/gemma-3-12b and -27b.
         ("gemma2", 42, 3584, 128),
         ("gemma2", 46, 4608, 144),
         ("gemma3", 48, 3840, 128),
@@ -411,13 +411,13 @@ def test_a_gguf_tensor_of_integers_is_named(tmp_path):
 
 
 def test_every_weight_of_every_architecture_has_gguf_s_own_name():
-    """The tables against gguf's: no name is misspelt that no model of the tests happens to have."""
+    """Our tables agree with gguf's, also on names that no model of the tests has."""
     for architecture, family in GGUF_FAMILIES.items():
         kind = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         names = gguf.get_tensor_name_map(kind, 9)
         for ours, theirs in family.tensor_names.items():
             name = names.get_name(theirs.replace("{layer}", "5"), (".weight", ".bias"))
-            if name is None:  # gguf's Gemmas have no head of their own
+            if name is None:  # gguf lists no untied head for Gemma
                 assert architecture.startswith("gemma") and ours == "output.weight"
             else:
                 assert name == ours.replace("{layer}", "5")

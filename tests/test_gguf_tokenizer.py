@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF files against the Hugging Face directories they were made from."""
+"""Tokenizers rebuilt from GGUF files, against their original Hugging Face directories."""
 
 import gguf_tokenizers
 import pytest
@@ -104,7 +104,7 @@ def test_merges_of_the_file_go_before_those_of_the_scores(tmp_path):
 
 
 def test_an_exact_score_order_decides_and_not_the_ids(tmp_path):
-    """Two pieces that contradict each other: the better score wins, wherever it stands."""
+    """Of two conflicting merges the one with the better score wins, wherever it is."""
     tokens = ["<unk>", "<s>", "</s>", *gguf_tokenizers.BYTES, "ab", "bc", "a", "b", "c"]
     types = [2, 3, 3, *[6] * 256, *[1] * 5]
     for scores, expected in (((-2.0, -1.0), ["a", "bc"]), ((-1.0, -2.0), ["ab", "c"])):
@@ -138,7 +138,7 @@ def test_an_exact_score_order_decides_and_not_the_ids(tmp_path):
             {"tokenizer.ggml.add_sep_token": True, "tokenizer.ggml.lowercase": True},
             "add_sep_token = 'True'; tokenizer.ggml.lowercase = 'True'",
         ),
-        ({"tokenizer.ggml.precompiled_charsmap": [1, 2]}, "is not understood"),
+        ({"tokenizer.ggml.precompiled_charsmap": [1, 2]}, "entries not understood"),
     ],
 )
 def test_a_gguf_tokenizer_that_cannot_be_rebuilt_is_refused(tmp_path, metadata, told):

@@ -9,13 +9,13 @@ import pytest
 from soak import CONFIG
 
 from jaxgrad import AnalyzeOptions, UserError
-from jaxgrad.runs import plan as planning
-from jaxgrad.data.batches import ExampleArrays, BatchShape
+from jaxgrad.data.batches import BatchShape, ExampleArrays
 from jaxgrad.gradients.selection import select_parameters
-from jaxgrad.options import MeasureSettings
 from jaxgrad.measure.memory import predict_memory
-from jaxgrad.models.decoder import abstract_decoder
 from jaxgrad.measure.programs import Programs
+from jaxgrad.models.decoder import abstract_decoder
+from jaxgrad.options import MeasureSettings
+from jaxgrad.runs import plan as planning
 from jaxgrad.spectra import FINITE_FLAGS
 
 DEEP = dataclasses.replace(CONFIG, layer_kinds=(0,) * 6, num_layers=6)

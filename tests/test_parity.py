@@ -20,18 +20,17 @@ from flax import nnx
 from tiny_models import ZOO, Tiny
 
 from jaxgrad import reference
-from jaxgrad.data.batches import Batch, BatchShape, batch_arrays
-from jaxgrad.errors import UserError
-from jaxgrad.data.examples import Example, Message
-from jaxgrad.gradients.selection import select_parameters
-from jaxgrad.options import MeasureSettings
 from jaxgrad.checkpoints import load_model
-from jaxgrad.options import AnalyzeOptions
+from jaxgrad.data.batches import Batch, BatchShape, batch_arrays
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.data.tokens import Protocol, tokenize, tokenize_all
+from jaxgrad.errors import UserError
+from jaxgrad.gradients.selection import select_parameters
 from jaxgrad.measure.programs import Programs
+from jaxgrad.measure.rows import example_results
+from jaxgrad.options import AnalyzeOptions, MeasureSettings
 from jaxgrad.reference.compare import STATISTICS, check_tokens
 from jaxgrad.reference.torch_procedure import float32_means_float64, select_weights
-from jaxgrad.measure.rows import example_results
-from jaxgrad.data.tokens import Protocol, tokenize, tokenize_all
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = AnalyzeOptions(chat="no", max_length=64, parameters="all", extremes=True, spectrum=True)
@@ -332,6 +331,18 @@ def test_a_wrong_loss_is_found(measured, value, expected):
     comparison = reference.compare_results([other], [one])
     assert comparison["loss"].largest == expected
     assert comparison.beyond(reference.default_tolerances("float32"))
+
+
+def test_a_statistic_that_was_not_measured_is_not_compared(measured):
+    """A result without extremes has no such columns, or nulls in them."""
+    whole = measured[0]
+    absent = {k: v for k, v in whole.matrices.items() if k not in ("entry_max", "entry_min")}
+    null = absent | dict.fromkeys(("entry_max", "entry_min"), [None] * len(absent["layer"]))
+    absent, null = (dataclasses.replace(whole, matrices=columns) for columns in (absent, null))
+    for one, other in ((absent, null), (null, absent), (absent, absent)):
+        comparison = reference.compare_results([one], [other])
+        assert {d.statistic for d in comparison.differences} == {"loss", *STATISTICS[:-2]}
+    assert reference.compare_results([absent], [whole])["entry_max"].largest == np.inf
 
 
 def test_what_cannot_be_compared_is_an_error(measured):

@@ -18,8 +18,8 @@ from tiny_models import Tiny, save_tiny
 import jaxgrad
 from jaxgrad import pipeline
 from jaxgrad.measure import stream
-from jaxgrad.runs import plan
 from jaxgrad.measure.programs import Programs
+from jaxgrad.runs import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 # Few shapes, because each is compiled: 32 or 48 tokens, 16 or 32 response positions.

@@ -1,4 +1,4 @@
-"""Safetensors directories: every broken one is refused in one line that says what and where."""
+"""Broken safetensors directories are refused in one line that says what is wrong and where."""
 
 import json
 import pickle
@@ -141,7 +141,7 @@ def test_a_weight_in_two_shards_is_named(sharded):
     own = next(name for name, file in weight_map.items() if file == second.name)
     save_file({name: files_of().weights[name] for name in (twice, own)}, second)
     message = refusal(sharded)
-    assert f"{second}: weight {twice} stands in {FIRST_SHARD} as well" in message
+    assert f"{second}: weight {twice} is also in {FIRST_SHARD}" in message
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": [1]}, {"metadata": {}}])
@@ -174,7 +174,7 @@ def test_an_index_that_places_a_weight_in_another_shard_is_refused(sharded):
     there = weight_map[K_PROJ]
     other = next(file for file in weight_map.values() if file != there)
     message = refusal(edit_index(sharded, **{K_PROJ: other}))
-    assert f"places weight {K_PROJ} in {other}, but it stands in {there}" in message
+    assert f"places weight {K_PROJ} in {other}, but it is in {there}" in message
 
 
 def test_an_index_that_names_a_weight_which_is_nowhere_is_refused(sharded):
@@ -230,7 +230,7 @@ def test_a_broken_safetensors_file_is_named(tmp_path, name, spoil):
 def test_pickles_are_refused_unread(tmp_path):
     model = write_model(tmp_path / "m", weights={})
     trap = tmp_path / "trap"
-    # What unpickling runs: a line that leaves a file.
+    # Unpickling would run this, and write a file.
     line = f"import pathlib; pathlib.Path({str(trap)!r}).touch()"
     payload = f"cbuiltins\nexec\n(S{line!r}\ntR.".encode()
     (model / "pytorch_model.bin").write_bytes(payload)

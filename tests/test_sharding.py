@@ -36,8 +36,8 @@ from jaxgrad.runs import plan
 TESTS = Path(__file__).resolve().parent
 PUBLISHED = json.loads((TESTS / "published_configs.json").read_text("utf-8"))
 DECODERS = [n for n, known in PUBLISHED.items() if known["config"]["model_type"] in FAMILIES]
-# An effective rank is an entropy of all singular values. A condition number ends at the last over a
-# cutoff, which one of two right programs may take for noise: the values themselves are compared.
+# The effective rank depends on all singular values. The condition number depends on the last one above a
+# cutoff, on which two correct programs may differ; instead, the singular values are compared.
 TOLERANCES = {"effective_rank": 1e-4, "condition_number": np.inf}
 
 
@@ -78,7 +78,7 @@ def test_every_parameter_of_every_family_has_a_rule_that_divides(name, num_model
 
 
 def test_weights_shrink_by_the_devices_but_for_the_norms():
-    """Llama-3.1-8B and a 70B: 65 and 161 norms of a vector each are whole, all else is an eighth."""
+    """Llama-3.1-8B and a 70B: their 65 and 161 norm vectors are replicated, all else is split."""
     small = published("Llama-3.1-8B")
     large = dataclasses.replace(
         small, width=8192, mlp_width=28672, num_layers=80, num_heads=64, layer_kinds=(0,) * 80
@@ -88,7 +88,7 @@ def test_weights_shrink_by_the_devices_but_for_the_norms():
         for num_model in (2, 4, 8):
             expected = (count - norms) // num_model + norms
             assert weight_bytes(config, "bfloat16", MeshShape(8, num_model)) == 2 * expected
-    # Sixteen devices for eight kv heads: k and v are whole, too.
+    # Sixteen devices for eight kv heads: k and v are replicated, too.
     kv = 2 * small.num_layers * small.num_kv_heads * small.head_size * small.width
     norms = (2 * small.num_layers + 1) * small.width
     expected = (num_parameters(small) - norms - kv) // 16 + norms + kv
@@ -161,7 +161,7 @@ def test_a_mesh_has_a_batch_for_each_device_of_data(machine):
 
     one = fitted(AnalyzeOptions(), QWEN).batch_tokens
     assert tokens() == 4 * one
-    # A given one, or that of a run that is continued, stays.
+    # A given one is kept.
     assert tokens(batch_tokens=one) == one
 
 
@@ -190,7 +190,7 @@ def test_the_prediction_shrinks_with_the_mesh():
     assert 7.9 < one.weights / model.weights <= 8
     assert model.work_space < one.work_space / 2
     assert model.head == one.head // 8
-    # Inputs of q and gate, outputs of o and down are whole.
+    # Inputs of q and gate and outputs of o and down are not split.
     D, F, T, L = config.width, config.mlp_width, 512, config.num_layers
     kv = config.num_kv_heads * config.head_size
     stacked = T * L * (4 * D + (2 * D + 2 * kv + 3 * F) // 8)
@@ -209,7 +209,7 @@ def test_a_dry_run_needs_no_devices(tmp_path):
     assert lines[0].startswith("memory per device of mesh 8x8: ")
     assert found.plan.memory.mesh == MeshShape(8, 8)
     assert any("4 kv heads, the MLP's width 71" in line for line in lines), lines
-    # The devices are not there, so what they have is not known and nothing is made smaller for it.
+    # The devices are not there, so their memory is unknown and batches are not made smaller.
     assert found.plan.choice.at_hand is None
     assert found.plan.choice.batch_tokens == 8 * fitted(AnalyzeOptions(), SMOL).batch_tokens
 
@@ -221,7 +221,7 @@ def run_script(*arguments, timeout=900):
         command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    # The compiler's warnings of a split that it has no way for.
+    # The compiler's warning that it cannot split efficiently.
     assert "rematerialization" not in done.stderr, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -264,7 +264,7 @@ def test_a_model_goes_straight_to_its_devices_and_a_run_from_mesh_to_mesh(tmp_pa
     rows = [{"instruction": "return what", "output": " so it is"[: 3 + i % 4]} for i in range(8)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     found = run_script("load", str(tmp_path))
-    # Embedding, q, k, v, o split over three; the MLP's width (71) and the norms are whole.
+    # Embedding, q, k, v and o are split over three devices; the MLP (width 71) and the norms are not.
     config = jaxgrad.load_model(str(source)).config
     shapes = parameter_shapes(config)
     split = {"embedding", *(f"layers.attention.{name}.weight" for name in "qkvo")}
@@ -280,5 +280,5 @@ def test_a_model_goes_straight_to_its_devices_and_a_run_from_mesh_to_mesh(tmp_pa
     assert found["computed"] and found["worst"] < 1e-5
     # Of eight examples on two devices, and three layers on three.
     assert found["reduced"] == [[4, 1]]
-    # A device of eight has as much to hold as one alone with its examples.
+    # Each of eight devices needs as much as a single one with the same examples.
     assert found["work_space"]["8x1"] == pytest.approx(found["work_space"]["1x1"], rel=0.1)

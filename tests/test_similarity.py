@@ -17,7 +17,7 @@ from jaxgrad.results import columns
 from jaxgrad.spectra import matrix_similarities, similarities
 
 T, L = 7, 4
-# Projection -> (outputs, inputs): q and o of other shapes than square ones, sharing the divisor 4.
+# Projection -> (outputs, inputs). q and o are not square; their sizes share the divisor 4.
 SHAPES = {"q": (20, 12), "k": (6, 12), "v": (6, 12), "o": (12, 20), "up": (300, 12)}
 LAYERS = dict.fromkeys(SHAPES, tuple(range(L)))
 

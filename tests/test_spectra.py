@@ -29,7 +29,7 @@ from jaxgrad.spectra.products import congruent, gram_matrix, upper_product
 from jaxgrad.spectra.statistics import scale_to_one
 
 ALGORITHMS = ("qr", "gram", "build", "build_gram")
-# Between two correct float32 programs (spectra.md): 1e-5 on the norms, 1e-4 on the effective rank.
+# Two correct float32 programs differ by 1e-5 in the norms and 1e-4 in the effective rank.
 RTOL = {np.float32: 1e-5, np.float64: 1e-10}
 RANK_RTOL = {np.float32: 1e-4, np.float64: 1e-9}
 # A Gram matrix squares: values below 1e-8 of the largest are noise even in float64.
@@ -103,7 +103,7 @@ def test_every_statistic_of_a_known_spectrum(algorithm, dtype, num_tokens, num_o
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_against_float64_svd_where_rows_span_six_decades(algorithm):
-    """As real factors do: graded rows of D, repeated rows of X, and dead rows."""
+    """As in real factors: graded rows of D, repeated rows of X, and zero rows."""
     rng = np.random.default_rng(5)
     num_tokens, num_out, num_in = 61, 53, 97
     x = rng.standard_normal((num_tokens, num_in)) * np.geomspace(1, 30, num_tokens)[:, None]
@@ -187,7 +187,7 @@ def test_scaling_the_gradient_scales_the_norms(algorithm, scale):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_padding_rows_change_nothing(algorithm):
-    """The theorem: a row of D that is zero adds nothing, whatever X holds there."""
+    """A zero row of D adds nothing, whatever X has there."""
     rng = np.random.default_rng(2)
     x = rng.standard_normal((9, 17)).astype(np.float32)
     d = rng.standard_normal((9, 13)).astype(np.float32)
@@ -273,7 +273,7 @@ def test_lapack_calls_are_never_batched_on_the_cpu(call, primitives, num_rows):
 
 @pytest.mark.parametrize("num_rows", [31, linalg.TRIDIAGONAL_ROWS + 1])
 def test_eigenvalues_are_the_same_without_the_private_call(monkeypatch, num_rows):
-    """jaxlib's own name may go: then `eigvalsh` stands in."""
+    """If jaxlib's private call is gone, `eigvalsh` replaces it."""
     rng = np.random.default_rng(7)
     matrix = rng.standard_normal((num_rows, num_rows))
     matrix = jnp.asarray(matrix @ matrix.T)
@@ -289,7 +289,7 @@ def test_eigenvalues_are_the_same_without_the_private_call(monkeypatch, num_rows
 
 @pytest.mark.parametrize("num_rows", [1, 5, 111, 224, 337, 450])
 def test_products_by_strips_are_the_plain_products(num_rows):
-    """As far as float64 goes, for rows of every size, alone and in a batch."""
+    """To float64's precision, for any number of rows, single and in a batch."""
     rng = np.random.default_rng(num_rows)
     rows = rng.standard_normal((2, num_rows, 37)) * np.geomspace(1e-6, 1, num_rows)[:, None]
     lower = np.tril(rng.standard_normal((2, num_rows, num_rows)))

@@ -19,8 +19,8 @@ NAMES = ("q", "k", "v", "o")
 LAYERS = np.array([0, 14, 29])
 ALGORITHMS = ["qr", "gram", "build", "build_gram"]
 TEXT = "Add 17 and 25. The units give 12, so write 2 and carry 1; the tens give 1 + 2 + 1 = 4. It is 42."
-# Tokens, of which response: one and two of them, a token said over and over, and a text longer than the
-# short side of k and v (192).
+# Text, tokens, response tokens: one and two tokens, one token repeated, and texts longer than the short
+# side of k and v (192).
 CASES = {
     "one token": ("Add", 1, 1),
     "two tokens": ("Add 17", 2, 1),
@@ -45,7 +45,7 @@ def factors(case):
     token_ids = model().tokenizer.encode(text)[:num_tokens]
     assert len(token_ids) == num_tokens
     positions = np.arange(num_tokens - num_responses, num_tokens)
-    # The last token has no next one in the text: its label is the first.
+    # The last token has no next one, so its label is the first token.
     labels = np.array([*token_ids, token_ids[0]])[positions + 1]
     weights = np.full(num_responses, 1 / num_responses)
     padded = [*token_ids, *[0] * PADDING]
@@ -101,7 +101,7 @@ def reduced(case, algorithm):
 
 
 def can_be_chosen(algorithm, name, case):
-    """G is built only where it is no larger than the core: T at least its short side."""
+    """G is built only if T is at least its short side, so that it is no larger than the core."""
     num_rows = min(factors(case)[name][1].shape[-1], factors(case)[name][0].shape[-1])
     return "build" not in algorithm or CASES[case][1] + PADDING >= num_rows
 
@@ -113,7 +113,7 @@ def test_the_promised_accuracy(case, algorithm):
     got = reduced(case, algorithm) if names else {}
     for name in names:
         sigma = exact(case)[name]
-        if case == "one token" and name in "qk":  # attention to oneself alone: nothing to learn
+        if case == "one token" and name in "qk":  # one token attends only to itself: no gradient
             assert not sigma.any() and not got[name]["nuclear_norm"].any()
             assert np.isnan(got[name]["effective_rank"]).all()
             continue

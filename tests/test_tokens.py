@@ -1,4 +1,4 @@
-"""Both protocols, on byte tokenizers: without merges, a text has one token a byte."""
+"""Both protocols, with byte tokenizers: without merges, every byte is a token."""
 
 import logging
 
@@ -164,7 +164,7 @@ ESCAPES = [
 
 @pytest.mark.parametrize("escape", ESCAPES)
 def test_a_template_cannot_leave_the_sandbox(escape):
-    """Either an error of the template, or nothing but text; never an object of Python's."""
+    """Either the template fails or it gives text; never a Python object."""
     tokenizer = byte_tokenizer(template=f"[{escape}]")
     with pytest.raises(UserError, match=r"record 7: the chat template fails"):
         tokenize(example("a", "b"), tokenizer, Protocol(chat=True))

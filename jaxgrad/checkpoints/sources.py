@@ -97,12 +97,12 @@ def read_model_config(directory: Path) -> dict[str, Any]:
         return read_json_object(path)
     gguf_files = sorted(directory.glob("*.gguf"))
     if (directory / "adapter_config.json").exists():
-        mend = "it holds a LoRA adapter: merge it into its base model first"
+        advice = "it holds a LoRA adapter: merge it into its base model first"
     elif gguf_files:
-        mend = f"it holds GGUF files: give one of them, such as {gguf_files[0]}"
+        advice = f"it holds GGUF files: give one of them, such as {gguf_files[0]}"
     else:
-        mend = "give the directory that a model was saved or downloaded to, whole"
-    raise UserError(f"{directory} is not a Hugging Face model: it has no config.json; {mend}")
+        advice = "give the whole directory that a model was saved or downloaded to"
+    raise UserError(f"{directory} is not a Hugging Face model: it has no config.json; {advice}")
 
 
 class SafetensorsDirectory:
@@ -126,7 +126,7 @@ class SafetensorsDirectory:
             for name in handle.offset_keys():
                 if name in self._file_of:
                     raise UserError(
-                        f"{path}: weight {name} stands in {self._file_of[name].name} as well; "
+                        f"{path}: weight {name} is also in {self._file_of[name].name}; "
                         "a checkpoint must hold each weight once"
                     )
                 self._file_of[name] = path
@@ -153,7 +153,7 @@ class SafetensorsDirectory:
         for name, file in weight_map.items():
             found = self._file_of.get(name)
             if found != directory / file:
-                there = f"it stands in {found.name}" if found else "no shard has it"
+                there = f"it is in {found.name}" if found else "no shard has it"
                 raise UserError(
                     f"{directory / INDEX_NAME} places weight {name} in {file}, but {there}; "
                     "the index and the shards are of different models: download the model again"
@@ -211,7 +211,7 @@ class SafetensorsDirectory:
         return np.dtype(FLOATS[self._dtypes[name]])
 
     def why_unreadable(self, name: str) -> str | None:
-        """Why not, for integers, and for float8, whose scales no family here reads."""
+        """The dtype, if it is no float, or float8, whose scales no family here reads."""
         dtype = self._dtypes[name]
         return None if dtype in FLOATS else f"has dtype {dtype}, not {', '.join(FLOATS.values())}"
 

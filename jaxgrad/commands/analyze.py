@@ -9,7 +9,6 @@ from jaxgrad import command_line
 from jaxgrad.command_line import FlagGroup
 from jaxgrad.commands import flag_groups
 from jaxgrad.errors import UserError
-from jaxgrad.options import AnalyzeOptions
 
 DESCRIPTION = (
     "Takes the gradient of each example's loss by the model's weight matrices, reduces every gradient "
@@ -38,10 +37,12 @@ def main() -> None:
     data_path = command_line.required("data_path", "JSON, JSON lines or Parquet files")
     if values.calibrate and not values.dry_run:
         raise UserError("--calibrate belongs to --dry_run: give both, or neither")
-    if values.output_format == "jsonl" and options.loss != AnalyzeOptions.loss:
+    from jaxgrad.results.losses import RESPONSE_MEAN
+
+    if values.output_format == "jsonl" and options.loss != RESPONSE_MEAN:
         raise UserError(
-            f"--output_format=jsonl holds gradients of --loss={AnalyzeOptions.loss}, as the authors' files "
-            f"do, and this run has --loss={options.loss}: give --output_format=parquet"
+            f"--output_format=jsonl holds gradients of --loss={RESPONSE_MEAN}, as the authors' files do, "
+            f"and this run has --loss={options.loss}: give --output_format=parquet"
         )
     output_dir = values.output_dir
     if not values.dry_run:

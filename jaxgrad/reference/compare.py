@@ -231,9 +231,11 @@ def _differences(
     if names[0] != names[1]:
         raise ValueError(f"example {mine.example_index}: the two sides hold different matrices")
     expected_columns = theirs.matrices
+    absent = [None] * len(names[1])  # a column that is not there is null
     for statistic in STATISTICS:
-        for position, weight in enumerate(names[1]):
-            value, expected = (side.matrices[statistic][position] for side in (mine, theirs))
+        values, expected_values = (row.matrices.get(statistic, absent) for row in (mine, theirs))
+        rows = zip(values, expected_values, names[1], strict=True)
+        for position, (value, expected, weight) in enumerate(rows):
             if _undefined(value) and _undefined(expected) and statistic in _EXTREMES:
                 continue  # not measured
             unit = expected

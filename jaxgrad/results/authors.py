@@ -95,8 +95,8 @@ def refuse_other_loss(loss: str) -> None:
     if loss != RESPONSE_MEAN:
         raise UserError(
             "The authors' files hold gradients of the mean loss over the response "
-            f"(--loss={RESPONSE_MEAN}), not of --loss={loss}. Keep the run's Parquet files, or measure with "
-            f"--loss={RESPONSE_MEAN}."
+            f"(--loss={RESPONSE_MEAN}), not of --loss={loss}. Keep the run's Parquet files, or measure "
+            f"with --loss={RESPONSE_MEAN}."
         )
 
 

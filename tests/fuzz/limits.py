@@ -1,4 +1,4 @@
-"""What one input may take, on Linux: time, memory that it touches, and memory that it asks for."""
+"""Limits for one input, on Linux: time, memory that it touches, memory that it allocates."""
 
 import contextlib
 import gc
@@ -14,7 +14,7 @@ ASKED_BYTES = 1024 * 2**20
 
 
 class LimitError(AssertionError):
-    """An input took more than it may."""
+    """An input exceeded a limit."""
 
 
 def _status(name: str) -> int:
@@ -26,15 +26,18 @@ def _status(name: str) -> int:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Runs the block under all three; raises `LimitError`, or dies where a library cannot allocate."""
+    """Run the block under all three limits.
 
-    def over(number: int, frame: object) -> None:
+    Raises `LimitError`; the process may die if a library cannot allocate.
+    """
+
+    def raise_limit_error(number: int, frame: object) -> None:
         raise LimitError(f"more than {SECONDS} s")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    # The reader's own limit on time (a chat template's) takes the alarm, so this one is of CPU time.
-    before = signal.signal(signal.SIGVTALRM, over)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    # A chat template's own time limit uses SIGALRM, so this one is on CPU time.
+    previous_handler = signal.signal(signal.SIGVTALRM, raise_limit_error)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     resident, began = _status("VmRSS"), time.monotonic()
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ASKED_BYTES, hard))
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
@@ -43,7 +46,7 @@ def limited() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous_handler)
     grown = _status("VmHWM") - resident
     if grown > TOUCHED_BYTES:
         gc.collect()

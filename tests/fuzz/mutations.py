@@ -1,6 +1,6 @@
-"""Valid files -> files that are not quite valid: bytes that flip, JSON that lies.
+"""Valid files -> nearly valid files: flipped bytes, wrong JSON.
 
-Every draw comes from a `random.Random`: a file is known by its number, or hypothesis leads the draws.
+All randomness comes from a `random.Random`, so a file is identified by its seed, or hypothesis controls it.
 """
 
 import json
@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Raw JSON in place of a value: other types, numbers beyond every integer and float, depth, half characters.
+# Raw JSON to replace a value: other types, numbers too large for any type, deep nesting, half characters.
 RAW_JSON = (
     "null", "true", "false", "0", "1", "-1", "-0.0", "1.5", "2147483648", "4294967296",
     "1152921504606846976", "9223372036854775807", "18446744073709551616", "1e999999", "-1e999999",
@@ -24,7 +24,7 @@ MARK = "@@mutated@@"
 
 
 def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """One to four changes to any file, half of them near its head or its foot, where lengths stand."""
+    """One to four changes to any file, half of them near its start or end, where lengths are stored."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4))):
         size = len(changed)
@@ -58,7 +58,7 @@ def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes]) -> by
     return bytes(changed)
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
+def _entries(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) below a JSON value."""
     found: list[tuple[Any, Any]] = []
     rest = [value]
@@ -75,7 +75,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 def mutate_json(rng: random.Random, text: str) -> str:
     """One to three changes to values and names of a JSON document that is an object or a list.
 
-    Places near the root are as likely as all others together: a vocabulary has thousands.
+    Entries at the root are nearly as likely as all others together: a vocabulary has thousands.
     """
     tree = json.loads(text)
     raw: list[str] = []
@@ -85,21 +85,21 @@ def mutate_json(rng: random.Random, text: str) -> str:
         return f"{MARK}{len(raw) - 1}{MARK}"
 
     for _ in range(rng.choice((1, 1, 2, 3))):
-        places = _places(tree)
-        if not places:
+        entries = _entries(tree)
+        if not entries:
             break
-        upper = [place for place in places if place[0] is tree]
-        container, key = rng.choice(upper if rng.random() < 0.4 else places)
+        at_root = [entry for entry in entries if entry[0] is tree]
+        container, key = rng.choice(at_root if rng.random() < 0.4 else entries)
         kind = rng.randrange(8)
         if kind <= 3:
             container[key] = placeholder(rng.choice(RAW_JSON))
         elif kind == 4:
             del container[key]
         elif kind == 5:
-            other, other_key = rng.choice(places)
+            other, other_key = rng.choice(entries)
             container[key] = json.loads(json.dumps(other[other_key]))
         elif kind == 6 and isinstance(container, dict):
-            # Twice the same name, or a name that is not one.
+            # A duplicate name, or an invalid one.
             name = rng.choice((json.dumps(key), '"\\ud800"', '""', '"' + "k" * 5000 + '"'))
             container[placeholder(f"{name}: {rng.choice(RAW_JSON)}, {json.dumps(key)}")] = 0
         elif isinstance(container, dict):
@@ -137,14 +137,14 @@ def mutate_safetensors(rng: random.Random, data: bytes, others: Sequence[bytes])
         return mutate_bytes(rng, data, others)
     (size,) = struct.unpack("<Q", data[:8])
     header = mutate_json(rng, data[8 : 8 + size].decode()).encode("utf-8", "surrogatepass")
-    told = len(header) if rng.random() < 0.9 else rng.choice(NUMBERS)
-    return struct.pack("<Q", told) + header + data[8 + size :]
+    stated_size = len(header) if rng.random() < 0.9 else rng.choice(NUMBERS)
+    return struct.pack("<Q", stated_size) + header + data[8 + size :]
 
 
 def mutate_text(
     snippets: Sequence[str],
 ) -> Callable[[random.Random, bytes, Sequence[bytes]], bytes]:
-    """For a text with a grammar: pieces of it, and pieces that are known to be nasty, in any place."""
+    """For text with a grammar: inserts and deletes lines; the inserted ones are known to be nasty."""
 
     def mutate(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
         if rng.random() < 0.4:

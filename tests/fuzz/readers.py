@@ -1,8 +1,8 @@
-"""The readers of strangers' files, each as a function of one file's bytes.
+"""The readers of untrusted files, each as a function of one file's bytes.
 
-`Reader.one_input` writes the bytes where the program would find them, calls the reader as the program does,
-and answers whether the file was refused (a `UserError` of one short line) or read. What was read is held
-against a second, simple reading where there is one. Anything else that happens is a find.
+`Reader.one_input` writes the bytes to a file, calls the reader as the program does, and returns whether the
+file was read or refused (a `UserError` of one short line). What was read is compared with a second, simple
+reading if there is one. Anything else is a find.
 """
 
 import dataclasses
@@ -72,13 +72,14 @@ RECORDS = [
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """One reader of strangers' files.
+    """One reader of untrusted files.
 
     Attributes:
+        name: for the command line and for its directory.
         seeds: makes valid files.
-        mutate: (random numbers, a seed, all seeds) -> a file that may not be valid.
-        read: (file's bytes, a directory that this reader has to itself) -> nothing; `UserError` for a
-            bad file, `AssertionError` for a wrong result.
+        mutate: (random numbers, a seed, all seeds) -> a file that may be invalid.
+        read: (file's bytes, this reader's own directory) -> nothing; raises `UserError` for a bad file,
+            `AssertionError` for a wrong result.
     """
 
     name: str
@@ -88,7 +89,7 @@ class Reader:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where this process keeps the reader's files."""
+        """The directory of the reader's files in this process."""
         return Path(tempfile.mkdtemp(prefix=f"fuzz-{self.name}-"))
 
     @functools.cached_property
@@ -101,14 +102,13 @@ class Reader:
         return self.mutate(rng, rng.choice(self.valid), self.valid)
 
     def one_input(self, data: bytes) -> bool:
-        """Whether a file is read; False where it is refused as it should be."""
+        """True if the file is read, False if it is properly refused."""
         try:
             self.read(data, self.folder)
         except UserError as error:
             message = str(error)
-            assert message and len(message) <= LONGEST_MESSAGE and message.isprintable(), message[
-                :500
-            ]
+            is_one_line = message and len(message) <= LONGEST_MESSAGE and message.isprintable()
+            assert is_one_line, message[:500]
             return False
         return True
 
@@ -442,9 +442,9 @@ def _read_authors(data: bytes, folder: Path) -> None:
     assert len(found.examples) == len(records)
     for loss, record in zip(found.examples["loss"], records, strict=True):
         # An integer beyond float64 is infinite, as 1e999 is.
-        told = record["loss"]
-        is_beyond = isinstance(told, int) and abs(told) > 10**308
-        expected = (math.inf if told > 0 else -math.inf) if is_beyond else float(told)
+        stored = record["loss"]
+        is_beyond = isinstance(stored, int) and abs(stored) > 10**308
+        expected = (math.inf if stored > 0 else -math.inf) if is_beyond else float(stored)
         assert loss == expected or (loss != loss and expected != expected)
     spectra = found.matrices.dropna(subset=["singular_values"])
     for sigma, total in zip(spectra["singular_values"], spectra["nuclear_norm"], strict=True):

@@ -3,9 +3,9 @@
 
     python tests/fuzz/run_atheris.py READER [--runs=10000] [--seconds=300] [--corpus=DIR]
 
-The Python code of jaxgrad and of the libraries that parse in Python is instrumented; the corpus begins
-with the reader's valid files, and every second input is a mutation of `mutations.py` instead of libFuzzer's
-own. A find ends the run and is written to ./crash-*; exit code 0 says that there was none.
+The Python code of jaxgrad and of the libraries that parse in Python is instrumented. The corpus starts with
+the reader's valid files. Half of the inputs are mutated by `mutations.py`, the others by libFuzzer. A find
+ends the run and is written to ./crash-*; exit code 0 means that there was none.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
     largest = max(map(len, reader.valid)) + 100_000
     flags = [f"-runs={options.runs}", f"-max_total_time={options.seconds}", f"-max_len={largest}"]
-    # The limits are this module's: libFuzzer's own would count the program itself.
+    # `limits` limits memory: libFuzzer's limit would count the program itself.
     flags += ["-rss_limit_mb=0", "-timeout=60", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *flags, str(corpus)], one_input, custom_mutator=mutate)
     atheris.Fuzz()

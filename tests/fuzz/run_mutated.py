@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Gives every reader of strangers' files N mutated files; each must end in a clear error or a right result.
+"""Gives every reader of untrusted files N mutated files; each must end in a clear error or a right result.
 
     python tests/fuzz/run_mutated.py [--count=10000] [--seconds=3600] [--seed=0] [--readers=gguf,parquet]
         [--keep=DIR]
 
-The files of one reader go through one process after the other, so that one that kills its process (a
-library that aborts, a loop in C, memory that runs out) is known and the next one goes on. A file is known
-by the seed and its number. Prints a table; exits with 1 if there is a find, whose files are kept in --keep.
+A reader runs in its own process. If a file kills it (an abort, a loop in C, no memory), that file is a find
+and a new process goes on with the next one. A file is identified by seed and number. Prints a table; exits
+with 1 if there is a find. The files of finds are kept in --keep.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def file_number(reader: object, seed: int, number: int) -> bytes:
 
 
 def work(name: str, current: Path, seed: int, start: int, count: int) -> None:
-    """The process: a line before and after each file, which stands in `current` meanwhile."""
+    """The reader's process: prints a line before and after each file, and keeps the file in `current`."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     import limits
     from readers import READERS
@@ -51,8 +51,8 @@ def work(name: str, current: Path, seed: int, start: int, count: int) -> None:
             if isinstance(error, KeyboardInterrupt):
                 raise
             where = traceback.extract_tb(error.__traceback__)[-1]
-            told = ascii(f"{type(error).__name__}: {error}")[1:250]
-            outcome = f"find {told} ({Path(where.filename).name}:{where.lineno})"
+            shown = ascii(f"{type(error).__name__}: {error}")[1:250]
+            outcome = f"find {shown} ({Path(where.filename).name}:{where.lineno})"
         print("end", outcome, flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Strangers' files, mutated: each ends in a clear error or a right result, in bounded time and memory.
+"""Untrusted files, mutated: each ends in a clear error or a right result, in bounded time and memory.
 
-The same functions are run at length by run_mutated.py and run_atheris.py; BUILD_NOTES.md has the figures.
+run_mutated.py and run_atheris.py run the same functions longer; docs/hostile_input.md has the results.
 """
 
 import limits
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from readers import READERS
 
-# How many files of each: those that open a whole model take 10 to 100 ms each.
+# Numbers of files; opening a whole model takes 10 to 100 ms.
 SLOW = {"description": 20, "gguf": 60, "config": 60, "gguf_tokenizer": 60}
 
 

@@ -71,7 +71,9 @@ def read_local_and_global_rope(
     attributes.include(part)
     for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
         if attributes.get(name, None) is not None:
-            attributes.problem(f"{name} stands beside rope_parameters, which holds all of it")
+            attributes.problem(
+                f"{name} is given besides rope_parameters, which should hold all of it"
+            )
     return ropes["sliding_attention"], ropes["full_attention"]
 
 
