@@ -42,9 +42,9 @@ def test_a_published_config_has_the_published_number_of_parameters(name):
     assert num_parameters(read(entry["config"])) == entry["parameters"]
 
 
-def test_every_family_has_a_published_config():
+def test_every_published_config_is_of_a_family():
     # Gemma 3's text decoder occurs by itself and inside the multimodal model.
-    assert {PUBLISHED[name]["model_type"] for name in DENSE} == FAMILIES.keys()
+    assert {PUBLISHED[name]["model_type"] for name in DENSE} <= FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
