@@ -58,8 +58,8 @@ def main(num_batches: int) -> None:
             rng.integers(0, CONFIG.vocab_size, (B, S), np.int32),
             weights_BS,
         )
-        loss_B, statistics = programs.measure(state, shape, arrays)
-        norms = [values.nuclear_norm for values in statistics.values()]
+        loss_B, measured = programs.measure(state, shape, arrays)
+        norms = [columns["nuclear_norm"] for columns in measured.values()]
         assert np.isfinite(loss_B).all() and all(np.isfinite(norm).all() for norm in norms)
         assert all((norm > 0).all() for norm in norms)
 

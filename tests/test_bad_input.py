@@ -246,7 +246,7 @@ def test_a_chat_template_that_is_broken(tmp_path, data):
 
 
 def test_a_chat_template_without_end_is_named(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(jaxgrad.data.tokens, "TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(jaxgrad.data.chat_template, "TEMPLATE_SECONDS", 1.0)
     model = write_model(tmp_path / "m")
     loop = "{% for i in range(99999) %}"
     (model / "chat_template.jinja").write_text(loop * 3 + "{% endfor %}" * 3)
