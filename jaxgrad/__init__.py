@@ -1,9 +1,9 @@
 """jaxgrad: what a training example does to a language model, by the spectra of its gradients.
 
-The stages, in the order in which data flows through them (a later one may import an earlier one):
+The stages, in the order in which data flows through them (docs/decisions.md has the order of imports):
 
-    examples -> tokens, batches -> models -> gradients -> spectra -> measure -> program -> results
-    `pipeline` wires them; `analysis` turns results into curves and tables.
+    data -> models, checkpoints -> gradients -> spectra -> measure -> runs -> results
+    `pipeline` wires them; `analysis` and `report` turn results into curves, tables and a page.
 
 One dimension key, used as suffixes everywhere (`factor_BTO`):
 

@@ -33,6 +33,7 @@ WHOLE_MODULES = {
     "test_processes",
     "test_program",
     "test_report_build",
+    "test_report_figures",
     "test_report_page",
     "test_report_page_file",
     "test_sharding",
@@ -48,6 +49,7 @@ WHOLE_TESTS = {
     "test_chat_templates::test_a_run_goes_on_with_the_date_that_it_began_with",
     "test_exchange::test_three_real_processes",
     "test_memory::test_the_prediction_is_within_20_percent_of_xlas_account",
+    "test_similarity::test_an_analysis_gives_pytorch_s_cosines",
     "test_report_statistics::test_more_statistics_are_compared_drawn_and_on_the_page",
 }
 
