@@ -125,12 +125,12 @@ def command_flags(name: str) -> str:
     groups = command.define_flags()
     parts = []
     for group in groups:
-        shown = [(command_line._usage(flag, flags.FLAGS[flag]), flag) for flag in group.names]
+        shown = [(command_line.flag_usage(flag, flags.FLAGS[flag]), flag) for flag in group.names]
         rows = [
             (
                 f"`--{usage.partition('  (default: ')[0]}`",
                 usage.partition("  (default: ")[2].removesuffix(")"),
-                command_line._meaning(flags.FLAGS[flag]),
+                command_line.flag_meaning(flags.FLAGS[flag]),
             )
             for usage, flag in shown
         ]

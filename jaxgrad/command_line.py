@@ -22,6 +22,33 @@ class FlagGroup:
     names: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of `jaxgrad.commands`; the fields are what `run` takes.
+
+    Attributes:
+        define_flags: defines the command's flags; to be called once in a process.
+    """
+
+    main: Callable[[], int | None]
+    description: str
+    define_flags: Callable[[], list[FlagGroup]]
+    after_interrupt: str = "nothing was written"
+    more_of: str | None = None
+
+    def run(self, program: str, arguments: Sequence[str]) -> NoReturn:
+        """The command, as `program`, with its arguments; ends the process."""
+        run(
+            self.main,
+            self.description,
+            self.define_flags(),
+            program=program,
+            arguments=arguments,
+            after_interrupt=self.after_interrupt,
+            more_of=self.more_of,
+        )
+
+
 def run(
     main: Callable[[], int | None],
     description: str,
@@ -161,21 +188,23 @@ def help_text(program: str, description: str, groups: Sequence[FlagGroup]) -> st
         lines += ["", f"{group.title}:"]
         for name in group.names:
             flag = flags.FLAGS[name]
-            lines.append(f"  --{_usage(name, flag)}")
+            lines.append(f"  --{flag_usage(name, flag)}")
             lines += textwrap.wrap(
-                _meaning(flag), width, initial_indent=" " * 8, subsequent_indent=" " * 8
+                flag_meaning(flag), width, initial_indent=" " * 8, subsequent_indent=" " * 8
             )
     return "\n".join(lines)
 
 
-def _meaning(flag: Any) -> str:
+def flag_meaning(flag: Any) -> str:
+    """What a flag is for, in words."""
     # absl puts an enum's values before its help, where the usage has them already, and behind a list's
     # help how to repeat it.
     text = flag.help.split(";\n    repeat this option", 1)[0]
     return text.split(">: ", 1)[1] if text.startswith("<") else text
 
 
-def _usage(name: str, flag: Any) -> str:
+def flag_usage(name: str, flag: Any) -> str:
+    """How a flag is given, with its default: "method=auto|factored|dense  (default: auto)"."""
     if flag.boolean:
         return f"[no]{name}  (default: {'yes' if flag.default else 'no'})"
     choices = getattr(flag.parser, "enum_values", None)

@@ -51,11 +51,6 @@ class MeasureSettings:
     precision: Precision = "highest"
     loss: str = "response_mean"
 
-    @property
-    def can_be_layerwise(self) -> bool:
-        """Whether a layer's factors may be forgotten before the next layer's are there."""
-        return not self.similarity and self.method != "dense"
-
 
 @dataclasses.dataclass(frozen=True)
 class AnalyzeOptions:

@@ -23,7 +23,7 @@ from jaxgrad.results.layout import AUTHORS_FILE
 from jaxgrad.results.urls import path_below
 from jaxgrad.runs.asked import ask_run, date_for, recorded_date, run_directories
 from jaxgrad.runs.plan import RunPlan, plan_run, settings_for
-from jaxgrad.runs.session import RunSummary, Session
+from jaxgrad.runs.session import RunSummary, Session, say_nothing
 
 
 def analyze(
@@ -123,7 +123,7 @@ def run_analysis(
     directories = run_directories(data_paths, output_dir)
     exchange = group.begin_run()
     if not group.leads:
-        say = _say_nothing
+        say = say_nothing
     date = exchange.from_leader(
         lambda: date_for(options, [recorded_date(path) for path in directories.values()])
     )
@@ -145,10 +145,6 @@ def run_analysis(
             _write_jsonl(asked.output_dir, options, say)
     exchange.from_leader(lambda: True)  # nobody ends before process 0 is done
     return summaries
-
-
-def _say_nothing(line: str) -> None:
-    """For processes that do not lead."""
 
 
 def _write_jsonl(

@@ -242,6 +242,21 @@ def test_the_flags_are_no_columns():
     assert set(FINITE_FLAGS).isdisjoint(column.name for column in columns.MATRICES)
 
 
+def test_a_column_that_no_reducer_declares_is_refused_and_not_dropped(programs):
+    chosen, arrays = programs("factored", "attention"), batch()
+    with jax.enable_x64(True):
+        _, state = abstract_decoder(CONFIG, jnp.float32)
+        state = with_parameters(state, {n: jnp.asarray(array) for n, array in WEIGHTS.items()})
+    loss_B, measured = chosen.measure(state, SHAPE, arrays)
+    for columns_of_one in measured.values():
+        columns_of_one["unheard_of"] = columns_of_one["nuclear_norm"]
+    item = TokenizedExample(
+        Example(0, "0", (Message("user", "a"),), "b"), arrays.tokens_T[0], 3, False, None
+    )
+    with pytest.raises(KeyError, match="unheard_of"):
+        example_results([item], loss_B, measured, chosen.selection, CONFIG)
+
+
 def test_few_reasons_are_all_counted():
     assert count_reasons(["b", "a", "b"]) == {"a": 1, "b": 2}
 

@@ -9,7 +9,8 @@ from decoder_configs import tiny_config
 from jaxgrad.data.batches import BatchShape
 from jaxgrad.gradients.selection import select_parameters
 from jaxgrad.measure import memory
-from jaxgrad.measure.memory import choose_batch_tokens, predict_disk, predict_memory
+from jaxgrad.measure.disk import predict_disk
+from jaxgrad.measure.memory import choose_batch_tokens, predict_memory
 from jaxgrad.measure.programs import Programs
 from jaxgrad.models.decoder import num_parameters
 from jaxgrad.options import MeasureSettings

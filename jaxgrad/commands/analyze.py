@@ -1,12 +1,9 @@
 """`jaxgrad analyze`: flags -> `run_analysis`, or `dry_run`."""
 
-from collections.abc import Sequence
-from typing import NoReturn
-
 from absl import flags
 
 from jaxgrad import command_line
-from jaxgrad.command_line import FlagGroup
+from jaxgrad.command_line import Command, FlagGroup
 from jaxgrad.commands import flag_groups
 from jaxgrad.errors import UserError
 
@@ -66,13 +63,9 @@ def main() -> None:
         jaxgrad.run_analysis(**asked, output_format=values.output_format, group=group)
 
 
-def run(program: str, arguments: Sequence[str]) -> NoReturn:
-    """The command, as `program`."""
-    command_line.run(
-        main,
-        DESCRIPTION,
-        define_flags(),
-        program=program,
-        arguments=arguments,
-        after_interrupt="finished batches are kept; the same command continues from them",
-    )
+run = Command(
+    main,
+    DESCRIPTION,
+    define_flags,
+    after_interrupt="finished batches are kept; the same command continues from them",
+).run

@@ -1,13 +1,11 @@
 """`jaxgrad compare`: flags -> `compare_with_torch`."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import flags
 
 from jaxgrad import command_line
-from jaxgrad.command_line import FlagGroup
+from jaxgrad.command_line import Command, FlagGroup
 from jaxgrad.commands import flag_groups
 from jaxgrad.data.examples import read_examples
 from jaxgrad.options import DtypeName
@@ -62,6 +60,4 @@ def main() -> int:
     return 1 if beyond else 0
 
 
-def run(program: str, arguments: Sequence[str]) -> NoReturn:
-    """The command, as `program`."""
-    command_line.run(main, DESCRIPTION, define_flags(), program=program, arguments=arguments)
+run = Command(main, DESCRIPTION, define_flags).run

@@ -1,12 +1,9 @@
 """`jaxgrad convert`: flags -> `convert_model`."""
 
-from collections.abc import Sequence
-from typing import NoReturn
-
 from absl import flags
 
 from jaxgrad import command_line
-from jaxgrad.command_line import FlagGroup
+from jaxgrad.command_line import Command, FlagGroup
 from jaxgrad.commands import flag_groups
 
 DESCRIPTION = (
@@ -31,13 +28,9 @@ def main() -> None:
     convert_model(flags.FLAGS.model_path, output_dir)
 
 
-def run(program: str, arguments: Sequence[str]) -> NoReturn:
-    """The command, as `program`."""
-    command_line.run(
-        main,
-        DESCRIPTION,
-        define_flags(),
-        program=program,
-        arguments=arguments,
-        after_interrupt="the next conversion replaces the incomplete OUTPUT_DIR.partial",
-    )
+run = Command(
+    main,
+    DESCRIPTION,
+    define_flags,
+    after_interrupt="the next conversion replaces the incomplete OUTPUT_DIR.partial",
+).run

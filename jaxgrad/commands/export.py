@@ -1,12 +1,9 @@
 """`jaxgrad export`: flags -> `write_authors_jsonl`."""
 
-from collections.abc import Sequence
-from typing import NoReturn
-
 from absl import flags
 
 from jaxgrad import command_line
-from jaxgrad.command_line import FlagGroup
+from jaxgrad.command_line import Command, FlagGroup
 
 DESCRIPTION = (
     "Writes the measured examples of a run as the authors' JSONL, field for field: one line an example, "
@@ -38,6 +35,4 @@ def main() -> None:
     print(f"{path}: {count} examples")
 
 
-def run(program: str, arguments: Sequence[str]) -> NoReturn:
-    """The command, as `program`."""
-    command_line.run(main, DESCRIPTION, define_flags(), program=program, arguments=arguments)
+run = Command(main, DESCRIPTION, define_flags).run

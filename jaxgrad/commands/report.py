@@ -1,12 +1,9 @@
 """`jaxgrad report`: flags -> `write_report`."""
 
-from collections.abc import Sequence
-from typing import NoReturn
-
 from absl import flags
 
 from jaxgrad import command_line
-from jaxgrad.command_line import FlagGroup
+from jaxgrad.command_line import Command, FlagGroup
 from jaxgrad.commands import flag_groups
 
 DESCRIPTION = (
@@ -67,13 +64,9 @@ def main() -> None:
     print(f"report: {page}")
 
 
-def run(program: str, arguments: Sequence[str]) -> NoReturn:
-    """The command, as `program`."""
-    command_line.run(
-        main,
-        DESCRIPTION,
-        define_flags(),
-        program=program,
-        arguments=arguments,
-        more_of="runs",
-    )
+run = Command(
+    main,
+    DESCRIPTION,
+    define_flags,
+    more_of="runs",
+).run

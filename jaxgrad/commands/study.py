@@ -1,13 +1,11 @@
 """`jaxgrad study`: flags -> `run_study`, or `plan_study`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from absl import flags
 
 from jaxgrad import command_line
-from jaxgrad.command_line import FlagGroup
+from jaxgrad.command_line import Command, FlagGroup
 
 DESCRIPTION = (
     "Does what analyze does for every cell of a grid that a TOML file declares (models x data sets x "
@@ -58,13 +56,9 @@ def main() -> None:
     study.run_study(config, output_dir, report_only=values.report_only, progress=values.progress)
 
 
-def run(program: str, arguments: Sequence[str]) -> NoReturn:
-    """The command, as `program`."""
-    command_line.run(
-        main,
-        DESCRIPTION,
-        define_flags(),
-        program=program,
-        arguments=arguments,
-        after_interrupt="finished batches are kept; the same command continues from them",
-    )
+run = Command(
+    main,
+    DESCRIPTION,
+    define_flags,
+    after_interrupt="finished batches are kept; the same command continues from them",
+).run

@@ -17,6 +17,7 @@ from jaxgrad.data.batches import ExampleArrays
 from jaxgrad.gradients.factors import Factors, num_live_tokens, value_at, zeros_at
 from jaxgrad.gradients.loss import LOSSES, Head
 from jaxgrad.gradients.selection import one_of_each
+from jaxgrad.measure.reducers import can_be_layerwise
 from jaxgrad.measure.reduction import Measured, reduce_factors, take_layers
 from jaxgrad.models.attention import AttentionTables
 from jaxgrad.models.decoder import PROJECTIONS, Decoder, Layer
@@ -32,7 +33,7 @@ def measure_layerwise(
     Raises:
         ValueError: with `similarity` or method "dense".
     """
-    if not settings.can_be_layerwise:
+    if not can_be_layerwise(settings):
         raise ValueError("similarity and dense need all layers at once")
     selection = settings.selection
     stacked = tuple(name for name in selection.names if PROJECTIONS[name].stacked)

@@ -10,13 +10,14 @@ import jax
 from flax import nnx
 
 from jaxgrad.data.batches import ExampleArrays
-from jaxgrad.gradients.factors import Factors, example_gradients
+from jaxgrad.gradients.factors import example_gradients
 from jaxgrad.measure.layerwise import measure_layerwise
 from jaxgrad.measure.reduction import (
     Measured,
     reduce_all_layers,
     reduce_factors,
     reduce_matrices,
+    take_factors,
     take_layers,
     with_columns,
 )
@@ -38,7 +39,7 @@ def measure_example(
         found = {
             name: reduce_matrices(
                 take_layers(matrix, selection[name]),
-                Factors(*(take_layers(part, selection[name]) for part in factors[name])),
+                take_factors(factors[name], selection[name]),
                 settings,
             )
             for name, matrix in matrices.items()

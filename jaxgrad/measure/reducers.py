@@ -83,6 +83,11 @@ def all_layers_reducers(settings: MeasureSettings) -> list[AllLayersReducer]:
     return [r for r in REDUCERS if isinstance(r, AllLayersReducer) and r.is_wanted(settings)]
 
 
+def can_be_layerwise(settings: MeasureSettings) -> bool:
+    """Whether a layer's factors may be dropped before the next layer's are there."""
+    return settings.method != "dense" and not all_layers_reducers(settings)
+
+
 def without_unwanted(found: Columns, settings: MeasureSettings) -> Columns:
     """The columns without the singular values, unless these are to be kept."""
     return {

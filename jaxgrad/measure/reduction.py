@@ -94,10 +94,7 @@ def reduce_all_layers(
             chosen = {name: take_layers(matrix, layers[name]) for name, matrix in matrices.items()}
             parts = reducer.of_matrices(chosen, layers)
         else:
-            pairs = {
-                name: Factors(*(take_layers(part, layers[name]) for part in pair))
-                for name, pair in factors.items()
-            }
+            pairs = {name: take_factors(pair, layers[name]) for name, pair in factors.items()}
             parts = reducer.of_factors(pairs, layers)
         found = with_columns(found, parts)
     return found
@@ -118,6 +115,11 @@ def over_layers(function: Callable[[Any], Any], operands: Any) -> Any:
     if jax.default_backend() == "cpu":
         return jax.lax.map(function, operands)
     return jax.vmap(function)(operands)
+
+
+def take_factors(factors: Factors, layers: tuple[int, ...]) -> Factors:
+    """The factors of these layers of all."""
+    return Factors(*(take_layers(part, layers) for part in factors))
 
 
 def take_layers(array_L: jax.Array, layers: tuple[int, ...]) -> jax.Array:

@@ -7,14 +7,16 @@ import numpy as np
 
 from jaxgrad.data.tokens import TokenizedExample
 from jaxgrad.gradients.selection import Selection, parameter_names
+from jaxgrad.measure.reducers import REDUCERS
 from jaxgrad.measure.reduction import Measured
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import PROJECTIONS
 from jaxgrad.models.device_sizes import projection_sizes
 from jaxgrad.projections import MatrixAddress
-from jaxgrad.results.columns import MATRICES
 from jaxgrad.results.schema import ExampleResult
 from jaxgrad.spectra import FINITE_FLAGS
+
+_DECLARED = {column.name: column for reducer in REDUCERS for column in reducer.columns}
 
 
 def skipped_result(item: TokenizedExample) -> ExampleResult:
@@ -91,16 +93,18 @@ def _address_columns(
 
 
 def _value_columns(values: dict[str, list]) -> dict[str, np.ndarray | list]:
-    """The columns as they are declared: what padding added to a list's length is cut off."""
+    """The columns as they are declared: what padding added to a list's length is cut off.
+
+    Raises:
+        KeyError: a reducer gave a column that it does not declare.
+    """
     columns: dict[str, np.ndarray | list] = {}
-    for column in MATRICES:
-        if column.name not in values:
-            continue
-        found = values[column.name]
+    for name, found in values.items():
+        column = _DECLARED[name]
         if column.length_column is not None:
             lengths = values[column.length_column]
             found = [row[:length] for row, length in zip(found, lengths, strict=True)]
-        columns[column.name] = found if column.is_list else np.array(found)
+        columns[name] = found if column.is_list else np.array(found)
     return columns
 
 

@@ -7,6 +7,8 @@ because some numbers and files are right for one of them alone.
 from collections.abc import Mapping
 from typing import Any
 
+from jaxgrad.options import with_later_options
+
 # Sums of token losses over the response; the first is divided by the number of response tokens.
 RESPONSE_MEAN, RESPONSE_SUM = "response_mean", "response_sum"
 
@@ -21,4 +23,4 @@ def loss_of(run: Mapping[str, Any]) -> str:
     | no identity: read from the authors' JSONL | response_mean |
     """
     options = run.get("identity", {}).get("options", {})
-    return str(options.get("loss", RESPONSE_MEAN))
+    return str(with_later_options(options)["loss"])

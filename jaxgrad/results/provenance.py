@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -29,14 +28,3 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def machine() -> str:
-    """The kind of processor, such as "x86_64"."""
-    return platform.machine()
-
-
-def resident_bytes() -> int:
-    """The peak memory of this process, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

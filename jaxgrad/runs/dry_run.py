@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxgrad.data.batches import Batch, batch_arrays
 from jaxgrad.data.examples import Fields, read_examples
+from jaxgrad.measure.memory import resident_bytes
 from jaxgrad.models.sharding import replicated_line
 from jaxgrad.options import AnalyzeOptions
-from jaxgrad.results.provenance import resident_bytes
 from jaxgrad.runs.asked import date_for, recorded_date, run_directories, with_recorded_choices
 from jaxgrad.runs.plan import RunPlan
 from jaxgrad.runs.report_lines import dry_run_lines, memory_line, memory_warnings

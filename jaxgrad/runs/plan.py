@@ -24,19 +24,19 @@ from jaxgrad.data.tokens import TokenizedExample, tokenize_all
 from jaxgrad.errors import UserError
 from jaxgrad.gradients.loss import find_loss
 from jaxgrad.gradients.selection import select_parameters
+from jaxgrad.measure.disk import DiskPrediction, predict_disk
 from jaxgrad.measure.memory import (
     USABLE,
     BatchChoice,
-    DiskPrediction,
     MemoryPrediction,
     choose_batch_tokens,
     default_batch_tokens,
     largest_shape,
     memory_at_hand,
-    predict_disk,
     predict_memory,
     weight_bytes,
 )
+from jaxgrad.measure.reducers import can_be_layerwise
 from jaxgrad.models import DecoderConfig
 from jaxgrad.models.sharding import ONE_DEVICE, MeshShape, check_mesh
 from jaxgrad.options import AnalyzeOptions, Choice, MeasureSettings
@@ -177,7 +177,7 @@ def settings_for(options: AnalyzeOptions, config: DecoderConfig) -> MeasureSetti
         layerwise=options.layerwise == "yes",
         precision=options.precision,
     )
-    if settings.layerwise and not settings.can_be_layerwise:
+    if settings.layerwise and not can_be_layerwise(settings):
         raise UserError(
             "--layerwise=yes does not go with --similarity or --method=dense, which need all layers "
             "at once; give one or the other"
@@ -247,7 +247,7 @@ def settle_mesh(
 
 def _may_be_layerwise(settings: MeasureSettings, options: AnalyzeOptions, mesh: MeshShape) -> bool:
     """Whether layers may be reduced one by one to save memory."""
-    return options.layerwise == "auto" and settings.can_be_layerwise and mesh.model == 1
+    return options.layerwise == "auto" and can_be_layerwise(settings) and mesh.model == 1
 
 
 def _one_example_needs(
@@ -303,10 +303,8 @@ def fit_batches(
     on_cpu = jax.default_backend() == "cpu"
     if at_hand is not None and on_cpu:
         at_hand = at_hand // mesh.num_devices + loaded
-    is_given = options.batch_tokens is not None
-    default = default_batch_tokens() * mesh.data
-    if options.batch_tokens is not None:
-        default = options.batch_tokens
+    given = options.batch_tokens
+    default = default_batch_tokens() * mesh.data if given is None else given
 
     def choose(settings: MeasureSettings) -> BatchChoice:
         return choose_batch_tokens(
@@ -316,7 +314,7 @@ def fit_batches(
             rows,
             default=default,
             at_hand=at_hand,
-            fixed=is_given,
+            fixed=given is not None,
             mesh=mesh,
         )
 
@@ -324,7 +322,7 @@ def fit_batches(
     if not choice.fits and _may_be_layerwise(settings, options, mesh):
         settings = dataclasses.replace(settings, layerwise=True)
         choice = choose(settings)
-    if not choice.fits and not on_cpu and not is_given:
+    if not choice.fits and not on_cpu and given is None:
         raise UserError(
             f"one example needs {choice.shortage}; give --dtype=bfloat16, a smaller "
             "--max_length, fewer --parameters, no --similarity, or a --mesh that splits the weights "

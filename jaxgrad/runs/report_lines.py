@@ -70,21 +70,15 @@ def memory_warnings(choice: BatchChoice) -> list[str]:
 
 def run_line(plan: RunPlan, data_path: str | Path) -> str:
     """The model, its size, where it runs, and the examples and matrices that will be measured."""
-    measurable = len(plan.measurable)
-    return (
-        f"{_model_text(plan)} on {data_path}: {measurable} of {len(plan.tokenized)} examples, "
-        f"{plan.num_matrices} matrices each, protocol {plan.options.protocol}, {_chat_text(plan)}; "
-        f"{len(plan.shapes)} batch shapes (at most {MAX_SHAPES})"
-    )
+    shapes = f"{len(plan.shapes)} batch shapes (at most {MAX_SHAPES})"
+    return f"{_opening(plan, data_path)}; {shapes}"
 
 
 def dry_run_lines(plan: RunPlan, data_path: str | Path, token_lines: Iterable[str]) -> list[str]:
     """The same, with all matrices and every batch shape."""
-    measurable = len(plan.measurable)
+    num_matrices = plan.num_matrices * len(plan.measurable)
     lines = [
-        f"{_model_text(plan)} on {data_path}: {measurable} of {len(plan.tokenized)} examples, "
-        f"{plan.num_matrices} matrices each ({plan.num_matrices * measurable} in all), "
-        f"protocol {plan.options.protocol}, {_chat_text(plan)}",
+        _opening(plan, data_path, f" ({num_matrices} in all)"),
         *token_lines,
         f"batch_tokens {plan.choice.batch_tokens}; {sum(plan.shapes.values())} batches of "
         f"{len(plan.shapes)} shapes (at most {MAX_SHAPES}), examples x tokens x response positions:",
@@ -95,13 +89,14 @@ def dry_run_lines(plan: RunPlan, data_path: str | Path, token_lines: Iterable[st
     return lines
 
 
-def _model_text(plan: RunPlan) -> str:
-    millions = num_parameters(plan.config) / 1e6
-    return f"{plan.model_name} ({millions:.1f}M, {plan.options.dtype}, {jax.default_backend()})"
-
-
-def _chat_text(plan: RunPlan) -> str:
-    return "chat template" if plan.uses_chat else "plain text"
+def _opening(plan: RunPlan, data_path: str | Path, behind_matrices: str = "") -> str:
+    options, millions = plan.options, num_parameters(plan.config) / 1e6
+    return (
+        f"{plan.model_name} ({millions:.1f}M, {options.dtype}, {jax.default_backend()}) on {data_path}: "
+        f"{len(plan.measurable)} of {len(plan.tokenized)} examples, {plan.num_matrices} matrices each"
+        f"{behind_matrices}, protocol {options.protocol}, "
+        f"{'chat template' if plan.uses_chat else 'plain text'}"
+    )
 
 
 def halved_line(shape: BatchShape, half: BatchShape) -> str:

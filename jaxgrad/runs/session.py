@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import jax
 from jaxgrad.checkpoints import Checkpoint, LoadedModel, open_checkpoint
 from jaxgrad.data.examples import DataSet
 from jaxgrad.data.tokens import tokens_digest
+from jaxgrad.measure.memory import resident_bytes
 from jaxgrad.measure.programs import Programs
 from jaxgrad.models.sharding import MeshShape, make_mesh, parse_mesh, replicated_line
 from jaxgrad.options import AnalyzeOptions, MeasureSettings
 from jaxgrad.processes import stopping
 from jaxgrad.processes.group import ALONE, Exchange, Group
-from jaxgrad.results.provenance import machine, provenance, resident_bytes
+from jaxgrad.results.provenance import provenance
 from jaxgrad.runs.agreement import compare_with_leader, open_together
 from jaxgrad.runs.asked import AskedRun, finished_before
 from jaxgrad.runs.plan import RunPlan, plan_run
@@ -118,7 +120,7 @@ class Session:
         stopping.note_start()
         group, exchange = self._group, self._group.begin_run()
         if not group.leads:
-            say, progress = _say_nothing, False
+            say, progress = say_nothing, False
         compare_with_leader(exchange, asked.identity)
         counts = exchange.from_leader(lambda: finished_before(asked.output_dir, self.checkpoint))
         if counts is not None:
@@ -200,13 +202,13 @@ class Session:
                 "kind": jax.local_devices()[0].device_kind,
                 "count": jax.device_count(),
                 "mesh": str(plan.mesh),
-                "machine": machine(),
+                "machine": platform.machine(),
             },
             "processes": self._group.num_processes,
         }
 
 
-def _say_nothing(line: str) -> None:
+def say_nothing(line: str) -> None:
     """For processes that do not lead."""
 
 
