@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,31 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `role` is one of `ROLES`."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: One of `ROLES`.
+        content: Its text; "" if it has none.
+        more: The turn's other fields that a chat template may print, as the record has them:
+            reasoning_content, tool_calls, name, ...
+    """
 
     role: str
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """The tokens of a record that was tokenized before.
+
+    Attributes:
+        token_ids: All of them.
+        targets: For each token, whether its loss counts.
+    """
+
+    token_ids: tuple[int, ...]
+    targets: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -40,14 +61,21 @@ class Example:
         index: Position of the record in its file, from 0.
         id: 16 hex digits that depend only on messages and response: the same content has the same id at any
             position and in any file format.
-        messages: The prompt's turns, without the response.
-        response: The text whose loss is measured. If empty, the example will be skipped.
+        messages: The prompt's turns, without the response; empty for plain text, all of whose tokens
+            are targets, and for tokens that were given.
+        response: The text whose loss is measured: the content of the last turn.
+        reply: The last turn in full, where it has more than its text; else None.
+        template_values: What else of the record a chat template reads: tools, documents, ...
+        given: The tokens, if the record has them instead of text.
     """
 
     index: int
     id: str
     messages: tuple[Message, ...]
     response: str
+    reply: Message | None = None
+    template_values: Mapping[str, Any] = field(default_factory=dict)
+    given: GivenTokens | None = None
 
     @property
     def instruction(self) -> str:

@@ -12,10 +12,10 @@ from jaxgrad.reference.compare import (
     compare_with_torch,
     default_tolerances,
 )
+from jaxgrad.reference.encoding import encode_example
 from jaxgrad.reference.torch_procedure import (
     backward,
     differentiate_by,
-    encode_example,
     load_torch_model,
     measure_in_torch,
 )

@@ -25,12 +25,8 @@ from jaxgrad.data.tokens import TokenizedExample, tokenize_all
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.pipeline import analyze
 from jaxgrad.projections import HEAD
-from jaxgrad.reference.torch_procedure import (
-    Encoding,
-    encode_example,
-    load_torch_model,
-    measure_in_torch,
-)
+from jaxgrad.reference.encoding import Encoding, encode_example
+from jaxgrad.reference.torch_procedure import load_torch_model, measure_in_torch
 from jaxgrad.reference.weights import llama_name
 from jaxgrad.results import ExampleResult, columns
 

@@ -15,21 +15,17 @@ Two things differ from the authors' code:
 """
 
 import contextlib
-import datetime
 import importlib.util
 import math
-import re
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from unittest import mock
 
-import jinja2
 import numpy as np
 
 from jaxgrad.checkpoints.gguf_source import GgufFile
 from jaxgrad.checkpoints.places import resolve_model
 from jaxgrad.checkpoints.saved import SavedDecoder
-from jaxgrad.data import tokens
 from jaxgrad.data.examples import Example
 from jaxgrad.errors import UserError
 from jaxgrad.options import AnalyzeOptions
@@ -42,28 +38,13 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"the comparison needs PyTorch, which is not installed: {INSTALL}") from error
 
+from jaxgrad.reference.encoding import Encoding, encode_example  # noqa: E402
 from jaxgrad.reference.losses import IGNORED_LABEL, torch_loss  # noqa: E402 - needs torch
 from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402
 
 Decomposition = Literal["svdvals", "svd"]
 
 UNDEFINED_BELOW = 1e-12  # with a nuclear norm below this there is no effective rank
-
-
-class Encoding(NamedTuple):
-    """One example as the reference reads it.
-
-    Attributes:
-        token_ids: after truncation.
-        num_prompt_tokens: how many leading tokens have masked labels, at least one.
-        truncated: whether tokens were cut off.
-        reason: why the example is not measured; None if it is.
-    """
-
-    token_ids: list[int]
-    num_prompt_tokens: int
-    truncated: bool
-    reason: str | None
 
 
 def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
@@ -163,60 +144,6 @@ def _to_double(model: Any) -> None:
                 module.__init__(module.config)
             elif hasattr(module, "scalar_embed_scale"):
                 module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
-
-
-def encode_example(example: Example, tokenizer: Any, options: AnalyzeOptions) -> Encoding:
-    """Token ids and the prompt's length by the options' protocol.
-
-    `paper` is written here a second time, from the paper's description. `clean` is our own protocol, so it
-    is taken from `jaxgrad.data.tokens`.
-
-    Raises:
-        UserError: see `jaxgrad.data.tokens.tokenize`.
-    """
-    has_template = bool(tokenizer.chat_template)
-    chat = has_template if options.chat == "auto" else options.chat == "yes"
-    if options.protocol == "clean":
-        ours = tokens.tokenize(example, tokenizer, options.protocol_for(tokenizer))
-        return Encoding(
-            ours.token_ids.tolist(), ours.num_prompt_tokens, ours.truncated, ours.reason
-        )
-    if chat:
-        text = _chat_prompt(example, tokenizer, options.date) + example.response
-    else:
-        text = "\n".join([*(m.content for m in example.messages), example.response])
-    whole = tokenizer.encode(text, verbose=False)
-    token_ids = tokenizer.encode(text, truncation=True, max_length=options.max_length)
-    prefix = text[: text.rfind(example.response)]
-    num_prefix = len(tokenizer.encode(prefix, verbose=False))
-    num_prompt = min(max(num_prefix, 1), len(token_ids))
-    reason = None
-    if example.response == "":
-        reason = tokens.EMPTY_RESPONSE
-    elif num_prefix >= options.max_length:
-        reason = tokens.PROMPT_FILLS
-    elif num_prompt >= len(token_ids):
-        reason = tokens.NO_RESPONSE_TOKEN
-    return Encoding(token_ids, num_prompt, len(whole) > len(token_ids), reason)
-
-
-def _chat_prompt(example: Example, tokenizer: Any, date: str | None) -> str:
-    turns = [{"role": m.role, "content": m.content} for m in example.messages]
-    system = {"role": "system", "content": "You are a helpful assistant."}
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-    if date is not None:
-        day = datetime.datetime.fromisoformat(date)
-        # Each use in the template prints that day, as if it were today.
-        options["chat_template"] = re.sub(
-            r"""strftime_now\((["'])(.+?)\1\)""",
-            lambda use: repr(day.strftime(use[2])),
-            tokenizer.get_chat_template(),
-        )
-    if turns[0]["role"] != "system":
-        # A template without a system role raises. Then there is only the user's turn.
-        with contextlib.suppress(jinja2.TemplateError):
-            return tokenizer.apply_chat_template([system, *turns], **options)
-    return tokenizer.apply_chat_template(turns, **options)
 
 
 def measure_in_torch(
