@@ -12,7 +12,8 @@ import numpy as np
 from _common import counts, torch_device
 from absl import flags
 
-from jaxgrad.data.examples import Example, Message, read_examples
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.data.read import read_examples
 from jaxgrad.errors import UserError
 
 # From the config.json of each. What is not here has its family's default.
@@ -105,11 +106,10 @@ class Case:
 
 
 def options_for(model: Any) -> Any:
-    """`AnalyzeOptions`: the defaults, as far as the model has positions."""
+    """`AnalyzeOptions`: the defaults for this model."""
     from jaxgrad.options import AnalyzeOptions
 
-    longest = min(AnalyzeOptions().max_length, model.config.max_positions)
-    return AnalyzeOptions(dtype=model.dtype, max_length=longest)
+    return AnalyzeOptions(dtype=model.dtype).fitted_to(model.config.max_positions)
 
 
 def cases(*, with_torch: bool) -> Iterator[Case]:
@@ -201,7 +201,8 @@ def random_models(
             them. Without one, ours draws them.
     """
     from jaxgrad.checkpoints import LoadedModel
-    from jaxgrad.checkpoints.fill import CanonicalSource, fill_decoder
+    from jaxgrad.checkpoints.fill import fill_decoder
+    from jaxgrad.checkpoints.key_table import CanonicalSource
     from jaxgrad.dtypes import DTYPES
     from jaxgrad.models.decoder import num_parameters
     from jaxgrad.models.families import read_config
@@ -214,7 +215,7 @@ def random_models(
         graphdef, state = _random_decoder(config, DTYPES[dtype])
     else:
         torch_model = _random_torch_model(raw, dtype, device)
-        source = CanonicalSource(_TorchSource(name, torch_model), family)
+        source = CanonicalSource(_TorchSource(name, torch_model), family, config)
         graphdef, state, _ = fill_decoder(config, family, source, DTYPES[dtype])
     tokenizer: Any = NumberTokenizer()
     model = LoadedModel(name, config, graphdef, state, tokenizer, "random", dtype)

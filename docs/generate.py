@@ -13,23 +13,30 @@ import importlib
 import json
 import re
 import sys
+import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from absl import flags
+from tokenizers import AddedToken
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import chat_templates  # noqa: E402 - of tests/
 import family_models  # noqa: E402 - of tests/
 import tiny_models  # noqa: E402 - of tests/
 
+import jaxgrad  # noqa: E402
 from jaxgrad import command_line  # noqa: E402
 from jaxgrad.analysis import statistics  # noqa: E402
 from jaxgrad.checkpoints.gguf_families import GGUF_FAMILIES  # noqa: E402
+from jaxgrad.data.tokens import Protocol, tokenize  # noqa: E402
 from jaxgrad.gradients.loss import LOSSES  # noqa: E402
 from jaxgrad.models.families import FAMILIES  # noqa: E402
 from jaxgrad.results import columns  # noqa: E402
@@ -159,6 +166,94 @@ def ledger() -> str:
 
 
 # Page -> the names of its parts -> what makes them.
+# What docs/tokens.md shows: title -> record, and options beyond the protocol.
+FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "An instruction and its output": ({"instruction": "Why?", "output": "So."}, {}),
+    "Messages with a system message": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So."},
+            ]
+        },
+        {},
+    ),
+    "Reasoning": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So.", "reasoning_content": "Because so."},
+            ]
+        },
+        {},
+    ),
+    "A tool call as the reply": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Rain?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": "rain", "arguments": {}}}
+                    ],
+                },
+            ],
+            "tools": [{"type": "function", "function": {"name": "rain"}}],
+        },
+        {},
+    ),
+    "Several turns": (
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So."},
+                {"role": "user", "content": "Rain?"},
+                {"role": "assistant", "content": "Because."},
+            ]
+        },
+        {"turns": "all"},
+    ),
+    "Plain text": ({"text": "Why? Because."}, {}),
+    "Tokens": ({"input_ids": [0, 309, 33, 310, 16], "labels": [-100, -100, 33, -100, 16]}, {}),
+}
+_WORDS = ("Why", "So", "Because", "Rain", "rain", "brief", "system", "user", "assistant", "tools")
+_MORE_WORDS = ("function", "name", "type", "arguments", "helpful", "You", " are")
+
+
+def token_forms() -> str:
+    """Each form of a record, its tokens by both protocols, the targets in brackets."""
+    tokenizer = chat_templates.tokenizer_with(chat_templates.plain("Qwen3"))
+    tokenizer.add_tokens([AddedToken(word) for word in (*_WORDS, *_MORE_WORDS)])
+    text = ""
+    for title, (record, more) in FORMS.items():
+        text += f"### {title}\n\n```json\n{json.dumps(record)}\n```\n\n```\n"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "data.json"
+            path.write_text(json.dumps([record]), "utf-8")
+            (example,) = jaxgrad.read_examples(path).examples
+        runs = [("paper", "last"), ("clean", "last")]
+        runs += [("clean", more["turns"])] if more else []
+        for protocol, turns in runs:
+            item = tokenize(example, tokenizer, Protocol(protocol, True, turns=turns))
+            targets = set(item.targets.tolist())
+            words = [_shown(tokenizer.decode([token])) for token in item.token_ids]
+            line = " ".join(f"[{w}]" if t in targets else w for t, w in enumerate(words))
+            name = protocol + (", --turns=all" if turns == "all" else "")
+            text += textwrap.fill(f"{name}: {line}", 110, break_on_hyphens=False) + "\n"
+        text += "```\n\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _shown(token: str) -> str:
+    """A token with its white space to be seen."""
+    return token.replace(" ", "␣").replace("\n", "⏎")
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "results.md": {
         "examples": lambda: column_table(columns.EXAMPLES),
@@ -172,6 +267,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         for name in ("analyze", "study", "report", "compare", "convert", "export")
     },
     "ledger.md": {"ledger": ledger},
+    "tokens.md": {"forms": token_forms},
 }
 
 

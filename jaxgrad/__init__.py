@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxgrad.analysis import mean_curves, summary_table
     from jaxgrad.checkpoints import load_model
-    from jaxgrad.data.examples import Example, read_examples
+    from jaxgrad.data.examples import Example
+    from jaxgrad.data.read import read_examples
     from jaxgrad.errors import UserError
     from jaxgrad.options import AnalyzeOptions
     from jaxgrad.pipeline import analyze, run_analysis
@@ -35,7 +36,7 @@ _HOME = {
     "dry_run": "jaxgrad.runs.dry_run",
     "load_model": "jaxgrad.checkpoints",
     "mean_curves": "jaxgrad.analysis",
-    "read_examples": "jaxgrad.data.examples",
+    "read_examples": "jaxgrad.data.read",
     "read_results": "jaxgrad.results",
     "run_analysis": "jaxgrad.pipeline",
     "summary_table": "jaxgrad.analysis",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from jaxgrad.errors import BAD_INPUT, INTERRUPTED, RUN_AGAIN, UserError
+from jaxgrad.paths import expanded
 from jaxgrad.processes import stopping
 
 
@@ -166,6 +167,24 @@ def required(name: str, what: str) -> str:
     if not value:
         raise UserError(f"--{name} is missing: {what}")
     return value
+
+
+class _PathParser(flags.ArgumentParser):
+    """Expands ~ and environment variables, also in URLs, where the shell does not."""
+
+    def parse(self, argument: str) -> str:
+        try:
+            return expanded(argument)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, help_: str) -> None:
+    """A flag that takes a path or a URL; None where it is not given."""
+    flags.DEFINE(_PathParser(), name, None, help_, serializer=flags.ArgumentSerializer())
 
 
 def split_pair(name: str, value: str) -> tuple[str, str]:

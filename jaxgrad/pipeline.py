@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from jaxgrad.checkpoints import LoadedModel
-from jaxgrad.data.examples import Example, Fields, read_examples
+from jaxgrad.data.examples import Example, Fields
+from jaxgrad.data.read import AUTO, read_examples
 from jaxgrad.measure.programs import Programs
 from jaxgrad.measure.rows import skipped_result
 from jaxgrad.measure.stream import measured
 from jaxgrad.models.sharding import ONE_DEVICE, make_mesh, parse_mesh, shape_of
-from jaxgrad.options import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions, ModelOptions
 from jaxgrad.processes.group import ALONE, Group
 from jaxgrad.results import ExampleResult, iter_results, write_authors_jsonl
 from jaxgrad.results.authors import refuse_other_loss
@@ -86,8 +87,11 @@ def run_analysis(
     start: int = 0,
     limit: int | None = None,
     fields: Fields = Fields(),
+    data_format: str = AUTO,
+    response: str | None = None,
     output_format: Literal["parquet", "jsonl"] = "parquet",
     mesh: str = "auto",
+    model_options: ModelOptions = ModelOptions(),
     say: Callable[[str], None] = print,
     progress: bool = True,
     group: Group = ALONE,
@@ -103,10 +107,13 @@ def run_analysis(
         start: index of the first example of each file.
         limit: how many examples of each file.
         fields: the names of a record's fields.
+        data_format: which kind of records, one of `data.read.FORMAT_NAMES`.
+        response: "chosen" or "rejected", for records that have both.
         output_format: "jsonl" also writes the authors' JSONL (which needs the extremes, so measures
             them), next to the Parquet that makes the run resumable.
         mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `runs.plan.settle_mesh`).
             A run may be continued on another one: its numbers are those up to rounding.
+        model_options: an adapter's base, and a hub id's revision.
         say: takes the lines for the user.
         progress: show a bar on stderr.
         group: the processes that share the runs, from `processes.join`; all make this call, with the
@@ -130,11 +137,23 @@ def run_analysis(
     options = dataclasses.replace(options, date=date)
     asked_runs = []
     for path, directory in directories.items():
-        data = read_examples(path, start=start, limit=limit, fields=fields)
+        data = read_examples(
+            path,
+            start=start,
+            limit=limit,
+            fields=fields,
+            data_format=data_format,
+            response=response,
+        )
         asked_runs.append(ask_run(data, directory, options, start=start, limit=limit))
     exchange.wait_for_all()  # all have looked before process 0 writes
     session = Session(
-        model_path, options, mesh=mesh, progress=progress and group.leads, group=group
+        model_path,
+        options,
+        mesh=mesh,
+        model_options=model_options,
+        progress=progress and group.leads,
+        group=group,
     )
     summaries = []
     for asked in asked_runs:

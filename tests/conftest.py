@@ -12,6 +12,7 @@ import pytest
 # What `bin/test --fast` leaves out: modules, and single tests of others, that compile whole models, start
 # processes, drive a browser, draw whole reports or repeat an experiment many times.
 WHOLE_MODULES = {
+    "test_adapters",
     "test_authors_similarity",
     "test_bad_input",
     "test_benchmarks",
@@ -30,6 +31,7 @@ WHOLE_MODULES = {
     "test_older_runs",
     "test_parity",
     "test_pipeline",
+    "test_prefixes",
     "test_processes",
     "test_program",
     "test_report_build",
@@ -47,9 +49,11 @@ WHOLE_TESTS = {
     "test_analysis_intervals::test_coverage_of_a_difference_of_mad",
     "test_analysis_intervals::test_percentile_and_bca_of_mad_miss_the_truth",
     "test_chat_templates::test_a_run_goes_on_with_the_date_that_it_began_with",
+    "test_conversations::test_targets_with_gaps_are_measured_as_in_pytorch",
     "test_exchange::test_three_real_processes",
     "test_memory::test_the_prediction_is_within_20_percent_of_xlas_account",
     "test_similarity::test_an_analysis_gives_pytorch_s_cosines",
+    "test_revision::test_a_run_records_the_commit",
     "test_report_statistics::test_more_statistics_are_compared_drawn_and_on_the_page",
 }
 

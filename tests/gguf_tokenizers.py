@@ -1,8 +1,8 @@
 """Small tokenizers of every kind that GGUF files hold: as a Hugging Face directory and as a GGUF file.
 
-The directory is what is on the hub: a tokenizer.json with the kind's own pipeline, and a
-tokenizer_config.json whose class transformers goes by. The merges of the SentencePiece kinds are made
-from the scores by transformers' `generate_merges`, as those on the hub were.
+The directory is what is on the hub: a tokenizer.json with the kind's own pipeline, read by the `tokenizers`
+library, and a tokenizer_config.json. The merges of the SentencePiece kinds are made from the scores by
+transformers' `generate_merges`, as those on the hub were.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 SPACE = "\u2581"
@@ -86,20 +85,17 @@ class Entries:
         return gguf_files.finish(writer)
 
 
-def save(
-    backend: Tokenizer, directory: Path, model_type: str, **config: Any
-) -> PreTrainedTokenizerFast:
-    """The tokenizer as a directory on the hub has it, and as transformers reads it from there."""
+def save(backend: Tokenizer, directory: Path, **config: Any) -> Tokenizer:
+    """The tokenizer as a directory on the hub has it, read by the `tokenizers` library."""
     directory.mkdir()
     backend.save(str(directory / "tokenizer.json"))
-    config = {"clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE} | config
+    config = {"chat_template": CHAT_TEMPLATE} | config
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return AutoTokenizer.from_pretrained(str(directory))
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
-def byte_level(pre: str, directory: Path) -> tuple[PreTrainedTokenizerFast, Entries]:
-    """A byte-level BPE, trained on the corpus, with the kind's splitting rule and classes."""
+def byte_level(pre: str, directory: Path) -> tuple[Tokenizer, Entries]:
+    """A byte-level BPE, trained on the corpus, with the kind's splitting rule."""
     backend = Tokenizer(models.BPE(ignore_merges=pre in BOS_KINDS))
     splits: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     if pre == "smollm":
@@ -135,12 +131,10 @@ def byte_level(pre: str, directory: Path) -> tuple[PreTrainedTokenizerFast, Entr
     original = save(
         backend,
         directory,
-        "qwen2" if pre == "qwen2" else "llama",
-        tokenizer_class="Qwen2Tokenizer" if pre == "qwen2" else "PreTrainedTokenizerFast",
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<|mark|>",
-        unk_token="</s>",  # not said, transformers adds a token of its own to Qwen's
+        unk_token="</s>",
     )
     vocab = backend.get_vocab()
     tokens = sorted(vocab, key=vocab.get)
@@ -180,7 +174,7 @@ def _pieces() -> list[str]:
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def sentencepiece(kind: str, directory: Path) -> tuple[PreTrainedTokenizerFast, Entries]:
+def sentencepiece(kind: str, directory: Path) -> tuple[Tokenizer, Entries]:
     """BPE by SentencePiece with bytes to fall back on: of Llama 2, of Mistral or of Gemma.
 
     In Gemma's vocabulary the tokens that users add stand in front, and merges make them, too; in
@@ -200,11 +194,6 @@ def sentencepiece(kind: str, directory: Path) -> tuple[PreTrainedTokenizerFast, 
         pieces[3:3] = [SPACE * 2, SPACE * 4]
         pieces[9:9] = [SPACE * 3]
         tokens = [*control, *BYTES, *pieces]
-        if (
-            kind == "mistral"
-        ):  # transformers goes by the directory, jaxgrad by the place of the space
-            tokens.remove(SPACE)
-            tokens += [f"[PAD{i}]" for i in range(len(tokens), 28705)] + [SPACE]
         plain = len(tokens)
         tokens += defined
     ids = {token: i for i, token in enumerate(tokens[:plain]) if not token.startswith("[PAD")}
@@ -236,14 +225,10 @@ def sentencepiece(kind: str, directory: Path) -> tuple[PreTrainedTokenizerFast, 
     original = save(
         backend,
         directory,
-        {"gemma": "gemma2"}.get(kind, kind),
-        tokenizer_class="GemmaTokenizer" if gemma else "LlamaTokenizer",
         bos_token=bos,
         eos_token=eos,
         unk_token="<unk>",
         pad_token="<pad>" if gemma else None,
-        add_bos_token=True,
-        add_eos_token=False,
     )
     types = [_spm_type(token, special) for token in tokens]
     for token in defined:

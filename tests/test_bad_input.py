@@ -56,7 +56,7 @@ def refused_by_binary(*arguments: str | Path, cwd: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "--data_path is missing: JSON, JSON lines or Parquet files"),
+        ([], "--data_path is missing: files of records, or hf:ORG/NAME:SPLIT"),
         (["--data_path=data.json"], "--output_dir is missing: the directory for the results"),
         (["--data_path=data.json", "--nope=1"], "Unknown command line flag 'nope'"),
         (["--data_path=data.json", "--limit=abc"], "--limit=abc: invalid literal"),
@@ -196,7 +196,7 @@ def refusal(data_path: Path, model_path: Path | str, output_dir: Path, **changes
             "Unterminated string starting at byte offset 37 of 43 in line 2",
         ),
         (b"PAR1" + bytes(50), "broken Parquet of 54 bytes"),
-        (b"\x1f\x8b\x08" + bytes(50), "neither Parquet nor UTF-8 text"),
+        (b"\x1f\x8b\x08" + bytes(50), "broken gzip of 53 bytes"),
         (b'[{"messages": []}]', "field 'messages' is empty"),
     ],
 )
@@ -277,10 +277,12 @@ def test_a_tokenizer_whose_library_gives_up_is_refused(tmp_path, data, monkeypat
     class PanicException(BaseException):
         pass
 
-    def panic(*arguments, **options):
-        raise PanicException("index out of bounds")
+    class Tokenizer:
+        @staticmethod
+        def from_file(path):
+            raise PanicException("index out of bounds")
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    monkeypatch.setattr("jaxgrad.checkpoints.tokenizer.Tokenizer", Tokenizer)
     message = refusal(data, write_model(tmp_path / "m"), tmp_path / "out")
     assert "the tokenizer cannot be read (PanicException: index out of bounds)" in message
 
@@ -365,6 +367,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("changes", "told"),
     [
         ({"max_length": 31}, "options.max_length is 32 there, 31 here"),
+        ({"max_length": None}, "options.max_length is 32 there, 257 here"),
         ({"protocol": "clean"}, 'options.protocol is "paper" there, "clean" here'),
         ({"parameters": "mlp"}, 'options.parameters is "layers'),
         ({"method": "dense"}, 'options.method is "auto" there, "dense" here'),

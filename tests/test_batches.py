@@ -24,7 +24,7 @@ def item(num_tokens, num_prompt, reason=None):
     """An example with token ids 1, 2, 3, ...: each tells its position, and none is the pad 0."""
     source = Example(0, "0" * 16, (Message("user", "x"),), "y")
     ids = np.arange(1, num_tokens + 1, dtype=np.int32)
-    return TokenizedExample(source, ids, num_prompt, False, reason)
+    return TokenizedExample(source, ids, np.arange(num_prompt, num_tokens), False, reason)
 
 
 def random_items(seed, count, max_length):
@@ -141,6 +141,21 @@ def test_arrays_of_one_batch():
         assert arrays.weights_S[row].tolist() == [*[1 / n] * n, *pad]
     assert not arrays.tokens_T[2].any() and not arrays.weights_S[2].any()
     assert not arrays.positions_S[2].any() and not arrays.labels_S[2].any()
+
+
+def test_targets_may_have_gaps():
+    source = Example(0, "0" * 16, (Message("user", "x"),), "y")
+    targets = [1, 4, 5, 9]
+    ids = np.arange(1, 13, dtype=np.int32)
+    gaps = TokenizedExample(source, ids, np.asarray(targets, np.int32), False, None)
+    items = [gaps, item(12, 8)]
+    (batch,) = plan_batches(items, batch_tokens=64, max_length=32)
+    arrays = batch_arrays(batch, items)
+    assert batch.shape == BatchShape(2, 32, 16)
+    assert arrays.tokens_T[0, :12].tolist() == ids.tolist()
+    assert arrays.positions_S[0].tolist() == [t - 1 for t in targets] + [0] * 12
+    assert arrays.labels_S[0].tolist() == [t + 1 for t in targets] + [0] * 12
+    assert arrays.weights_S[0].tolist() == [1 / 4] * 4 + [0] * 12
 
 
 def test_arrays_of_any_batch_weigh_the_targets_and_nothing_else():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +73,9 @@ def test_a_dry_run_plans_without_weights_and_writes_nothing(
     # One batch holds all five.
     assert sum(found.plan.shapes.values()) == 1 and found.seconds is None
     assert found.plan.memory.total == found.plan.choice.needed
-    assert lines[0].startswith("memory: ") and " disk: " in lines[0]
-    assert "15 in all" in lines[1] and "1 skipped" in lines[4]
+    text = "\n".join(lines)
+    assert re.search(r"^memory: .* disk: ", text, re.MULTILINE)
+    assert "15 in all" in text and "1 skipped" in text
 
 
 def test_the_command_needs_no_output_directory(model_dir, data_path):
@@ -163,3 +165,26 @@ def test_a_run_says_and_records_that_batches_were_halved(
 
 def fake_account(shape):
     return program.CompiledMemory(weights=1, work_space=1, shape=shape)
+
+
+def test_without_max_length_a_small_models_positions_are_the_limit(model_dir, data_path):
+    """The tiny model has 257 positions."""
+    changes = {"max_length": None}
+    found, lines = plan(model_dir, data_path, options=dataclasses.replace(OPTIONS, **changes))
+    assert found.plan.options.max_length == 257
+    assert any("at most 257 tokens" in line for line in lines)
+
+
+def test_max_length_is_1024_where_the_model_has_more_positions():
+    assert OPTIONS.fitted_to(257).max_length == 48
+    assert dataclasses.replace(OPTIONS, max_length=None).fitted_to(2048).max_length == 1024
+
+
+def test_a_run_records_the_max_length_that_the_model_gave(model_dir, data_path, tmp_path):
+    recorded, lines = run(model_dir, data_path, tmp_path / "out", max_length=None)
+    assert recorded["identity"]["options"]["max_length"] == 257
+    assert any("at most 257 tokens" in line for line in lines)
+    _, lines = run(model_dir, data_path, tmp_path / "out", max_length=None)
+    assert any("nothing to compute" in line for line in lines)
+    _, lines = run(model_dir, data_path, tmp_path / "out", max_length=257)
+    assert any("nothing to compute" in line for line in lines)

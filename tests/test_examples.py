@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxgrad.data import formats
-from jaxgrad.data.examples import Fields, Message, read_examples
+from jaxgrad.data import tables
+from jaxgrad.data.examples import Fields, Message
+from jaxgrad.data.read import read_examples
 from jaxgrad.errors import UserError
 
 RECORDS = [
@@ -277,7 +278,7 @@ def bomb(num_rows, size):
 def test_parquet_that_unpacks_to_more_than_the_limit(refusal, monkeypatch):
     data = bomb(4000, 100_000)  # 800 MB of text
     assert len(data) < 200_000
-    monkeypatch.setattr(formats, "MAX_PARQUET_BYTES", 10**8)
+    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 10**8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "more than 100000000 bytes of text, which is refused" in refusal(data)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -373,10 +374,10 @@ USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content":
         ([{"role": "user"}, REPLY], "[0] has no 'content' (its fields: 'role')"),
         ([{"content": "a"}, REPLY], "[0] has no 'role'"),
         (
-            [USER | {"role": "tool"}, REPLY],
-            "[0] has role 'tool'; use one of system, user, assistan",
+            [USER | {"role": "critic"}, REPLY],
+            "[0] has role 'critic'; use one of system, user, assistan",
         ),
-        ([USER | {"content": [{"text": "a"}]}, REPLY], "[0]: 'content' is a list, not a string"),
+        ([USER | {"content": {"text": "a"}}, REPLY], "[0]: 'content' is an object, not a string"),
         ([USER, REPLY | {"content": None}], "[1]: 'content' is null, not a string"),
         ([USER | {"role": 3}, REPLY], "[0]: 'role' is a number, not a string"),
     ],

@@ -12,7 +12,7 @@ from checkpoint_files import assert_same_parameters, load, refusal, write_json
 from safetensors.numpy import load_file, save_file
 
 from jaxgrad.checkpoints import open_checkpoint
-from jaxgrad.checkpoints.fill import wanted_weights
+from jaxgrad.checkpoints.key_table import wanted_weights
 from jaxgrad.models.families import FAMILIES, Key
 
 # One model per family, if possible one with fused or renamed weights.

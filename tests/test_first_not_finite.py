@@ -72,15 +72,17 @@ def batch(*, has_trigger=False, loss_scale=1.0):
     )
 
 
+def tokenized(b, tokens_T):
+    example = Example(b, str(b), (Message("user", "a"),), "b")
+    return TokenizedExample(example, tokens_T, np.arange(3, len(tokens_T)), False, None)
+
+
 def rows_of(programs, weights, arrays):
     with jax.enable_x64(True):
         _, state = abstract_decoder(CONFIG, jnp.float32)
         state = with_parameters(state, {n: jnp.asarray(array) for n, array in weights.items()})
     loss_B, statistics = programs.measure(state, SHAPE, arrays)
-    members = [
-        TokenizedExample(Example(b, str(b), (Message("user", "a"),), "b"), tokens_T, 3, False, None)
-        for b, tokens_T in enumerate(arrays.tokens_T)
-    ]
+    members = [tokenized(b, tokens_T) for b, tokens_T in enumerate(arrays.tokens_T)]
     return example_results(members, loss_B, statistics, programs.selection, CONFIG)
 
 
@@ -250,9 +252,7 @@ def test_a_column_that_no_reducer_declares_is_refused_and_not_dropped(programs):
     loss_B, measured = chosen.measure(state, SHAPE, arrays)
     for columns_of_one in measured.values():
         columns_of_one["unheard_of"] = columns_of_one["nuclear_norm"]
-    item = TokenizedExample(
-        Example(0, "0", (Message("user", "a"),), "b"), arrays.tokens_T[0], 3, False, None
-    )
+    item = tokenized(0, arrays.tokens_T[0])
     with pytest.raises(KeyError, match="unheard_of"):
         example_results([item], loss_B, measured, chosen.selection, CONFIG)
 

@@ -86,7 +86,7 @@ def test_a_hub_id_cached_in_part_is_told(offline_hub):
 def test_only_text_and_safetensors_are_fetched_from_the_hub(monkeypatch):
     asked = {}
 
-    def snapshot_download(hub_id, *, allow_patterns, ignore_patterns):
+    def snapshot_download(hub_id, *, revision, allow_patterns, ignore_patterns):
         asked[hub_id] = allow_patterns
         assert "consolidated*" in ignore_patterns  # Mistral's second copy of its weights
         raise OSError("no route\nto host")
@@ -109,11 +109,14 @@ def test_no_tokenizer_is_told(tmp_path):
 
 
 def test_a_tokenizer_config_without_a_vocabulary_is_no_tokenizer(tmp_path):
-    # transformers makes a tokenizer of three special tokens from it, which encodes all text as [].
+    # transformers would make a tokenizer of three special tokens, which encodes all text as [].
     model = write_model(tmp_path / "m", tokenizer=False)
     write_json(model / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     assert "tokenizer.json is missing" in refusal(model)
     write_json(model / "vocab.json", {})
+    assert "the tokenizer has vocab.json, but no merges.txt" in refusal(model)
+    (model / "merges.txt").touch()
+    write_json(model / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
     assert "the tokenizer has no vocabulary; add its tokenizer.json" in refusal(model)
 
 
@@ -148,7 +151,8 @@ def test_code_that_config_json_names_is_refused_and_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer_class", ["Trap", "PreTrainedTokenizerFast"])
-def test_code_that_the_tokenizer_names_is_not_run(tmp_path, tokenizer_class):
+@pytest.mark.parametrize("whole", [True, False])
+def test_code_that_the_tokenizer_names_is_not_run(tmp_path, tokenizer_class, whole):
     model, trap = write_model(tmp_path / "m"), tmp_path / "trap"
     plant(model, trap)
     config = {
@@ -156,8 +160,12 @@ def test_code_that_the_tokenizer_names_is_not_run(tmp_path, tokenizer_class):
         "auto_map": {"AutoTokenizer": ["tokenization_trap.Trap", "tokenization_trap.Trap"]},
     }
     write_json(model / "tokenizer_config.json", config)
-    if tokenizer_class == "Trap":
-        assert "the tokenizer cannot be read" in refusal(model)
-    else:
+    if whole:  # tokenizer.json needs no class
         assert open_checkpoint(str(model)).tokenizer.encode("train")
+    else:
+        (model / "tokenizer.json").rename(model / "vocab.json")
+        (model / "merges.txt").touch()
+        message = refusal(model)
+        assert "the tokenizer is a slow one: it has no tokenizer.json, only vocab.json" in message
+        assert f"names the class {tokenizer_class.removesuffix('Fast')}; known" in message
     assert not trap.exists()

@@ -263,9 +263,10 @@ def test_a_directory_of_gguf_files_is_told_to_give_one(tmp_path):
     assert f"it holds GGUF files: give one of them, such as {path}" in refusal(tmp_path)
 
 
-def test_an_adapter_is_told_to_be_merged(tmp_path):
+def test_an_adapter_of_no_known_kind_is_told_to_be_merged(tmp_path):
     write_json(tmp_path / "adapter_config.json", {})
-    assert "LoRA adapter: merge it" in refusal(tmp_path)
+    message = refusal(tmp_path)
+    assert "the method (peft_type) is None; only LORA is merged here: merge it with PEFT" in message
 
 
 @pytest.mark.parametrize(

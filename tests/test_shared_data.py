@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxgrad.data.examples import read_examples
+from jaxgrad.data.read import read_examples
 
 
 @pytest.mark.parametrize("mode", ["no_cot", "with_cot", "with_cot_gpt4o"])

@@ -153,7 +153,7 @@ def test_shipped_studies(path, monkeypatch, tmp_path):
 
 def test_the_demo_has_its_data_and_the_reproduction_its_cells():
     demo = read_study(ROOT / "configs" / "demo.toml")
-    files = [demo.data_path(file) for file in demo.roles(demo.models[0]).values()]
+    files = [demo.data_path(file.path) for file in demo.roles(demo.models[0]).values()]
     assert len(files) == 6 and all(path.is_file() for path in files)
     roles = list(read_study(ROOT / "configs" / "reproduction_smollm2.toml").roles(demo.models[0]))
     assert len(roles) == 3 * 3 * 2 + 2 * 2 + 2 * 2

@@ -26,6 +26,8 @@ GEMMA = (
 ALTERNATING = (
     "{% if messages | length > 2 %}{{ raise_exception('Roles must alternate') }}{% endif %}" + TURNS
 )
+# What `clean` keeps of the template behind a response.
+CLOSING = {"paper": "", "clean": ";"}
 BOTH = pytest.mark.parametrize("name", ["paper", "clean"])
 
 
@@ -62,7 +64,7 @@ def example(instruction, response, *before):
 def spell(tokenizer, item):
     """The tokens' texts, and those of the targets."""
     texts = [tokenizer.decode([i]) for i in item.token_ids]
-    return texts, texts[item.num_prompt_tokens :]
+    return texts, [texts[target] for target in item.targets]
 
 
 def check_counts(item):
@@ -70,7 +72,8 @@ def check_counts(item):
     assert item.num_prompt_tokens + item.num_response_tokens == item.num_tokens
     assert item.num_tokens == 0 or item.num_prompt_tokens >= 1
     assert item.measurable == (item.reason is None)
-    assert not item.measurable or item.num_response_tokens >= 1
+    assert item.measurable == (item.num_response_tokens >= 1)
+    assert item.targets.tolist() == list(range(item.num_prompt_tokens, item.num_tokens))
 
 
 # The text
@@ -106,9 +109,9 @@ def test_chat_adds_the_authors_system_message(name):
     item = tokenize(example("Hi", "Yo"), tokenizer, Protocol(name, chat=True))
     prompt = f"[system]{SYSTEM_MESSAGE};[user]Hi;[assistant]"
     assert SYSTEM_MESSAGE == "You are a helpful assistant."
-    assert tokenizer.decode(item.token_ids) == prompt + "Yo"
+    assert tokenizer.decode(item.token_ids) == prompt + "Yo" + CLOSING[name]
     assert item.num_prompt_tokens == len(prompt)
-    assert spell(tokenizer, item)[1] == ["Y", "o"]
+    assert spell(tokenizer, item)[1] == ["Y", "o", *CLOSING[name]]
 
 
 @BOTH
@@ -116,14 +119,15 @@ def test_chat_keeps_the_records_own_system_message(name):
     tokenizer = byte_tokenizer(template=TURNS)
     turns = Message("system", "S"), Message("user", "u"), Message("assistant", "a")
     item = tokenize(example("v", "r", *turns), tokenizer, Protocol(name, chat=True))
-    assert tokenizer.decode(item.token_ids) == "[system]S;[user]u;[assistant]a;[user]v;[assistant]r"
+    prompt = "[system]S;[user]u;[assistant]a;[user]v;[assistant]"
+    assert tokenizer.decode(item.token_ids) == prompt + "r" + CLOSING[name]
 
 
 @BOTH
 def test_a_template_that_refuses_the_system_role_gets_the_user_turn_alone(name):
     tokenizer = byte_tokenizer(template=GEMMA)
     item = tokenize(example("Hi", "Yo"), tokenizer, Protocol(name, chat=True))
-    assert tokenizer.decode(item.token_ids) == BOS + "[user]Hi;[assistant]Yo"
+    assert tokenizer.decode(item.token_ids) == BOS + "[user]Hi;[assistant]Yo" + CLOSING[name]
 
 
 def test_a_refused_system_message_of_the_record_is_not_dropped():
@@ -209,8 +213,8 @@ def test_bos_printed_by_the_template(template, front):
     assert np.count_nonzero(paper.token_ids == bos) == (2 if front else 1)
     assert np.count_nonzero(clean.token_ids == bos) == 1
     assert clean.token_ids[0] == bos
-    assert paper.token_ids[1 if front else 0 :].tolist() == clean.token_ids.tolist()
-    assert paper.num_response_tokens == clean.num_response_tokens == 2
+    assert paper.token_ids[1 if front else 0 :].tolist() == clean.token_ids[:-1].tolist()
+    assert paper.num_response_tokens == clean.num_response_tokens - 1 == 2
 
 
 @BOTH

@@ -12,6 +12,7 @@ from jaxgrad.checkpoints.fill import compare_with_source, stored_dtypes
 from jaxgrad.checkpoints.load import Checkpoint, open_checkpoint
 from jaxgrad.checkpoints.saved import (
     DESCRIPTION,
+    RULE,
     TOKENIZER,
     WEIGHTS,
     SavedDecoder,
@@ -20,9 +21,10 @@ from jaxgrad.checkpoints.saved import (
     write_weights,
 )
 from jaxgrad.checkpoints.sources import WeightSource
-from jaxgrad.checkpoints.tokenizer import tokenizer_from_directory
+from jaxgrad.checkpoints.tokenizer_settings import TEMPLATE_FOLDER
 from jaxgrad.errors import UserError
 from jaxgrad.models.decoder import num_parameters, parameter_shapes
+from jaxgrad.options import ModelOptions
 from jaxgrad.results.provenance import provenance
 
 # With config.json, where transformers looks for the tokenizer's class.
@@ -44,19 +46,21 @@ SPARE_BYTES = 64 * 2**20  # tokenizer, metadata, rounding up to blocks
 def convert_model(
     model_path: str | None,
     output_dir: str | Path,
+    options: ModelOptions = ModelOptions(),
     *,
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> SavedDecoder:
     """Write a model as an Orbax checkpoint that `load_model` and `bin/analyze` take.
 
-    The weights keep the source's dtype (GGUF: dequantized to float32), so an analysis in any dtype gives
-    the same bits as on the source. All is written to NAME.partial, read back, compared with the source and
-    then renamed to `output_dir`.
+    The weights keep the source's dtype (GGUF: dequantized to float32; with an adapter: merged, in float32),
+    so an analysis in any dtype gives the same bits as on the source. All is written to NAME.partial, read
+    back, compared with the source and then renamed to `output_dir`.
 
     Args:
         model_path: as `load_model` takes it.
         output_dir: will be made. If it holds this conversion already, nothing is done.
+        options: an adapter's base, and a hub id's revision.
         say: takes lines for the user.
         progress: show bars on stderr.
 
@@ -66,7 +70,7 @@ def convert_model(
     """
     output_dir = Path(output_dir)
     _check_free(output_dir)
-    checkpoint = open_checkpoint(model_path)
+    checkpoint = open_checkpoint(model_path, options)
     source = checkpoint.source
     if isinstance(source, SavedDecoder):
         raise UserError(f"--model_path {model_path} is a converted checkpoint already; copy it")
@@ -78,6 +82,8 @@ def convert_model(
         f"{checkpoint.family.title}; needs {(1 + WRITING_SHARE) * size / 1e9:.2f} GB of memory and "
         f"{size / 1e9:.2f} GB of disk"
     )
+    for note in checkpoint.notes:
+        say(note)
     partial = output_dir.with_name(f"{output_dir.name}.partial")
     try:
         if partial.exists():
@@ -93,9 +99,11 @@ def convert_model(
             "weight_files": file_sizes(partial / WEIGHTS),
             "source": {
                 "model": checkpoint.name,
+                "origin": checkpoint.origin,
                 "files": checkpoint.files,
                 "weights_sha256": model.fingerprint,
             },
+            RULE: checkpoint.loaded_tokenizer.rule,
             "provenance": provenance(),
         }
         write_description(partial, description)
@@ -154,12 +162,16 @@ def _stored_bytes(checkpoint: Checkpoint, source: WeightSource) -> int:
 def _write_tokenizer(checkpoint: Checkpoint, target: Path) -> None:
     """Copy the source's tokenizer files; for a GGUF file, save the tokenizer made from it."""
     target.mkdir()
-    if checkpoint.path.is_file():
+    place = checkpoint.tokenizer_place
+    if place.is_file():
         checkpoint.tokenizer.save_pretrained(target)
         return
     for pattern in TOKENIZER_FILES:
-        for path in checkpoint.path.glob(pattern):
+        for path in place.glob(pattern):
             shutil.copyfile(path, target / path.name)
+    templates = place / TEMPLATE_FOLDER
+    if templates.is_dir():
+        shutil.copytree(templates, target / TEMPLATE_FOLDER)
 
 
 def _verify(partial: Path, checkpoint: Checkpoint, source: WeightSource, progress: bool) -> None:
@@ -171,7 +183,7 @@ def _verify(partial: Path, checkpoint: Checkpoint, source: WeightSource, progres
     with jax.enable_x64(True):
         _, state = saved.restore(config, None)
         compare_with_source(config, family, source, state, where=str(partial), progress=progress)
-    tokenizer = tokenizer_from_directory(saved.tokenizer_directory)
+    tokenizer = saved.read_tokenizer().tokenizer
     if _tokenizer_state(tokenizer) != _tokenizer_state(checkpoint.tokenizer):
         raise UserError(
             f"{saved.tokenizer_directory}: the tokenizer is not the source's when it is read back; "

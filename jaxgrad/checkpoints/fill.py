@@ -5,9 +5,8 @@ written to its layer. Besides the parameters, the host holds one weight of a lay
 larger one. On a mesh, each device gets only its share of each block.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,138 +16,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from jaxgrad.checkpoints.key_table import check_weights, wanted_weights
 from jaxgrad.checkpoints.sources import Fingerprint, WeightSource, row_blocks
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import (
     abstract_decoder,
     named_parameters,
-    parameter_shapes,
     with_parameters,
 )
-from jaxgrad.models.families import Family, Key, expand_layers
+from jaxgrad.models.families import Family
 from jaxgrad.models.sharding import parameter_shardings
-
-COMPLETE = "take the config and all weights from the same download"
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One weight that a checkpoint must hold.
-
-    Attributes:
-        key: how it holds parameters.
-        shape: its shape in the files.
-        parameters: the decoder's parameters in it; several for a fused weight.
-        sizes: outputs of each parameter.
-        layer: its layer; None outside the layers.
-    """
-
-    key: Key
-    shape: tuple[int, ...]
-    parameters: tuple[str, ...]
-    sizes: tuple[int, ...]
-    layer: int | None
-
-
-class CanonicalSource:
-    """A source whose weights have the names of their family's key table; others are left out.
-
-    Raises:
-        UserError: two weights of the files have the same name in the table.
-    """
-
-    def __init__(self, source: WeightSource, family: Family) -> None:
-        self.where, self._source = source.where, source
-        self._names: dict[str, str] = {}
-        for name in source.shapes():
-            canonical = family.canonical(name)
-            if canonical is None:
-                continue
-            if canonical in self._names:
-                raise UserError(
-                    f"{self.where}: {name} and {self._names[canonical]} are the same weight; "
-                    "a checkpoint must hold each weight once: remove the one that is not meant"
-                )
-            self._names[canonical] = name
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every weight's name and shape, in the cheapest order to read."""
-        shapes = self._source.shapes()
-        return {canonical: shapes[name] for canonical, name in self._names.items()}
-
-    def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` gives."""
-        return self._source.dtype(self._names[name])
-
-    def why_unreadable(self, name: str) -> str | None:
-        """Why the tensor cannot be read as a weight; None if it can."""
-        return self._source.why_unreadable(self._names[name])
-
-    def read(self, name: str) -> np.ndarray:
-        """The values, in the dtype of the file."""
-        return self._source.read(self._names[name])
-
-    def read_blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The same values; a large tensor comes in blocks of rows."""
-        return self._source.read_blocks(self._names[name])
-
-
-def wanted_weights(config: DecoderConfig, family: Family) -> dict[str, Weight]:
-    """The weights that a checkpoint must hold, by their names in the family's key table."""
-    shapes = parameter_shapes(config)
-    weights = {}
-    for path, shape in shapes.items():
-        key = family.keys[path]
-        parameters = key.members or (path,)
-        if path != parameters[0]:
-            continue  # the first parameter of a fused weight stands for all
-        stacked = "{layer}" in key.name
-        sizes = tuple(shapes[member][stacked] for member in parameters)
-        whole = (sum(sizes), *shape[1 + stacked :])
-        whole = whole[::-1] if key.transposed else whole
-        for layer, name in enumerate(expand_layers(key.name, config.num_layers)):
-            weights[name] = Weight(key, whole, parameters, sizes, layer if stacked else None)
-    return weights
-
-
-def check_weights(config: DecoderConfig, family: Family, source: WeightSource) -> None:
-    """Raise one `UserError` that names all weights that do not fit. Reads no values."""
-    shapes = source.shapes()
-    if config.num_layers > len(shapes):
-        raise UserError(
-            f"{source.where}: the config has {config.num_layers} layers, but the files hold "
-            f"{len(shapes)} weights; {COMPLETE}"
-        )
-    wanted = {name: weight.shape for name, weight in wanted_weights(config, family).items()}
-    # A tied head may be in the files too, as a copy of the embedding (`_check_tied_head`).
-    optional = {family.keys["lm_head.weight"].name: wanted[family.keys["embedding"].name]}
-    allowed = wanted | (optional if config.tied_embeddings else {})
-    derived = {n for template in family.derived for n in expand_layers(template, config.num_layers)}
-    problems = {
-        "missing": [name for name in wanted if name not in shapes],
-        "misshapen": [
-            f"{name} is {list(shapes[name])}, expected {list(shape)}"
-            for name, shape in allowed.items()
-            if name in shapes and shapes[name] != shape
-        ],
-        "unreadable": [
-            f"{name} {why}"
-            for name in allowed
-            if name in shapes and (why := source.why_unreadable(name)) is not None
-        ],
-        "not known": [name for name in sorted(shapes) if name not in allowed.keys() | derived],
-    }
-    counts = [
-        f"{len(found)} {kind} ({'; '.join(found[:20])}{'; ...' if len(found) > 20 else ''})"
-        for kind, found in problems.items()
-        if found
-    ]
-    if counts:
-        raise UserError(
-            f"{source.where}: the weights do not fit the config's {family.architecture}: "
-            f"{', '.join(counts)}; {COMPLETE}"
-        )
 
 
 def stored_dtypes(
@@ -190,10 +68,10 @@ class WeightBlock(NamedTuple):
     """Consecutive rows of a weight in the files.
 
     Attributes:
-        name: the weight's.
+        name: the weight's, or of a part of its adapter.
         shape: of the whole weight.
         values: the rows, as stored.
-        slices: the same values by parameter.
+        slices: the rows by parameter, with what an adapter adds; empty for a part of an adapter.
     """
 
     name: str
@@ -207,7 +85,7 @@ def read_weights(
 ) -> Iterator[WeightBlock]:
     """All weights in the order of the files, block by block.
 
-    A fused or transposed weight is one block.
+    A fused or transposed weight is one block. After a weight with an adapter come the adapter's parts.
 
     Raises:
         UserError: a weight cannot be read.
@@ -218,19 +96,24 @@ def read_weights(
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
         for name in names:
             weight, row = wanted[name], 0
+            addition = source.addition(name)
             if weight.key.is_plain:
-                for values in source.read_blocks(name):
+                for stored in source.read_blocks(name):
+                    values = stored if addition is None else addition.added_to(row, stored)
                     rows = ParameterSlice(weight.parameters[0], weight.layer, row, values)
-                    yield WeightBlock(name, weight.shape, values, [rows])
+                    yield WeightBlock(name, weight.shape, stored, [rows])
                     row += len(values)
                     bar.update(values.nbytes)
-                continue
-            values = source.read(name)
-            split = weight.key.split(values, weight.sizes, config.num_heads)
-            pairs = zip(weight.parameters, split, strict=True)
-            slices = [ParameterSlice(member, weight.layer, 0, rows) for member, rows in pairs]
-            yield WeightBlock(name, weight.shape, values, slices)
-            bar.update(values.nbytes)
+            else:
+                stored = source.read(name)
+                values = stored if addition is None else addition.added_to(0, stored)
+                split = weight.key.split(values, weight.sizes, config.num_heads)
+                pairs = zip(weight.parameters, split, strict=True)
+                slices = [ParameterSlice(member, weight.layer, 0, rows) for member, rows in pairs]
+                yield WeightBlock(name, weight.shape, stored, slices)
+                bar.update(values.nbytes)
+            for part, values in () if addition is None else addition.parts(name):
+                yield WeightBlock(part, values.shape, values, [])
 
 
 def fill_decoder(
@@ -253,8 +136,9 @@ def fill_decoder(
         progress: show a bar on stderr.
 
     Returns:
-        graphdef, state, fingerprint of the weights as stored in the files. A head in the files that the
-        config ties is compared with the embedding, and is not in the fingerprint.
+        graphdef, state, fingerprint of the weights as stored in the files, and of what an adapter adds. A
+        head in the files that the config ties is compared with the embedding, and is not in the
+        fingerprint.
 
     Raises:
         UserError: weights are unknown, missing, of another shape or of an integer type, all in one

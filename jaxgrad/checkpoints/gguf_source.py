@@ -209,6 +209,9 @@ class GgufFile:
             shape = (end - begin, *self._shapes[name][1:])
             yield gguf.dequantize(tensor.data[begin:end], tensor.tensor_type).reshape(shape)
 
+    def addition(self, name: str) -> None:
+        """Nothing is added."""
+
     def _undo_interleaving(self, name: str, values: np.ndarray, entry: str) -> np.ndarray:
         num_heads = self.metadata(f"{self.architecture}.{entry}")
         if not isinstance(num_heads, int) or num_heads < 1 or len(values) % (2 * num_heads):

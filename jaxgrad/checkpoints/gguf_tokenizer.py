@@ -1,9 +1,11 @@
 """Rebuilds the Hugging Face tokenizer of a GGUF file from its metadata.
 
 The file names the tokenizer's kind and holds the vocabulary. How text is split, normalized and prefixed
-follows from the kind. Two things the file does not say: whether an added token strips spaces beside it, and
-whether it is matched before or after normalization. Here none strips and all are matched before, as in the
-models' own tokenizers.
+follows from the kind (`tokenizer_rules`), as the models' published tokenizer.json says. Three things the
+file does not say: whether an added token strips spaces beside it; whether it is matched before or after
+normalization; whether texts behind special tokens get a space in front, too. Here none strips, all are
+matched before, and all get one, as in the published files of Llama 2, TinyLlama and Mistral and as in
+llama.cpp.
 """
 
 import dataclasses
@@ -11,74 +13,23 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.tokenizer_rules import (
+    BYTE_LEVEL_KINDS,
+    SPACE,
+    Normalization,
+    byte_level_bpe,
+    merge_pair,
+    merges_by_rank,
+    sentencepiece_bpe,
+)
 from jaxgrad.errors import UserError, is_panic
 
 # Token types of the GGUF format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-
-# Splitting rules by llama.cpp's names. Each must be exactly the original tokenizer's: one that is nearly
-# right gives other tokens for runs of spaces and digits.
-_SIGNS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class ByteLevelKind:
-    """What byte-level BPE tokenizers with one splitting rule have in common.
-
-    Attributes:
-        split: regular expression of the words; None for GPT-2's.
-        splits_digits: whether each digit is first split off by itself.
-        nfc: whether text is normalized to Unicode form C.
-        ignore_merges: whether a word that is in the vocabulary becomes one token, whatever the merges.
-        adds_bos: whether a text starts with BOS if the file does not say.
-    """
-
-    split: str | None
-    splits_digits: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False
-    adds_bos: bool = False
-
-
-_LLAMA3 = ByteLevelKind(
-    _WORDS + r"|\p{N}{1,3}" + _SIGNS_AND_SPACES, ignore_merges=True, adds_bos=True
-)
-BYTE_LEVEL_KINDS = {
-    "smollm": ByteLevelKind(None, splits_digits=True),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": ByteLevelKind(_WORDS + r"|\p{N}" + _SIGNS_AND_SPACES, nfc=True),
-    "gpt-2": ByteLevelKind(None),
-    "tekken": ByteLevelKind(
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-        + _SIGNS_AND_SPACES.replace(r"[\r\n]*", r"[\r\n/]*", 1),
-        ignore_merges=True,
-        adds_bos=True,
-    ),
-}
-
-SPACE = "\u2581"  # SentencePiece's character for a space
-# "llama" files hold tokenizers of Llama and of Mistral, which transformers prefixes differently. Llama's
-# class ignores its tokenizer.json: only the first piece of text gets a space before it, unless it has one.
-# Mistral's tokenizer.json counts: every piece does, also after special tokens. Mistral's vocabularies are
-# recognized by the id of the space: that of 7B v0.1 and v0.2, and that of v0.3.
-_MISTRAL_SPACE_IDS = (28705, 29473)
 
 # Entries that are read, and entries that change nothing if they have this value.
 _LISTS = ("tokens", "token_type", "scores", "merges")
@@ -142,6 +93,13 @@ def tokenizer_from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
         ) from error
 
 
+def gguf_rule(file: GgufFile) -> str:
+    """The rule by which a file's tokens are made, for the user and for run.json."""
+    if file.metadata("tokenizer.ggml.model") == "gpt2":
+        return f"GGUF metadata: {file.metadata('tokenizer.ggml.pre')}"
+    return "GGUF metadata: llama (SentencePiece BPE)"
+
+
 def _refuse_unknown_entries(file: GgufFile) -> None:
     prefix = "tokenizer.ggml."
     unknown = []
@@ -188,23 +146,7 @@ def _byte_level(file: GgufFile) -> PreTrainedTokenizerFast:
         )
     kind = BYTE_LEVEL_KINDS[name]
     vocabulary = _vocabulary(tokens, types)
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary.ids,
-            merges=[_pair(merge) for merge in merges],
-            ignore_merges=kind.ignore_merges,
-        )
-    )
-    if kind.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    splits: list[Any] = []
-    if kind.splits_digits:
-        splits.append(pre_tokenizers.Digits(individual_digits=True))
-    if kind.split is not None:
-        splits.append(pre_tokenizers.Split(Regex(kind.split), behavior="isolated"))
-    splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind.split is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_bpe(kind, vocabulary.ids, [merge_pair(merge) for merge in merges])
     return _finish(file, tokenizer, vocabulary, adds_bos=kind.adds_bos)
 
 
@@ -218,33 +160,20 @@ def _sentencepiece(file: GgufFile) -> PreTrainedTokenizerFast:
     vocabulary = _vocabulary(tokens, types)
     merges = file.metadata("tokenizer.ggml.merges")
     unknown = file.metadata("tokenizer.ggml.unknown_token_id")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary.ids,
-            merges=(
-                list(_merges(vocabulary, scores, is_gemma))
-                if merges is None
-                else [_pair(merge) for merge in merges]
-            ),
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+    model = models.BPE(
+        vocab=vocabulary.ids,
+        merges=(
+            list(_merges(vocabulary, scores, is_gemma))
+            if merges is None
+            else [merge_pair(merge) for merge in merges]
+        ),
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
     )
     adds_prefix = file.metadata("tokenizer.ggml.add_space_prefix")
-    adds_prefix = not is_gemma if adds_prefix is None else adds_prefix
-    replace = normalizers.Replace(" ", SPACE)
-    if is_gemma or vocabulary.ids.get(SPACE) in _MISTRAL_SPACE_IDS:
-        prepend = [normalizers.Prepend(SPACE)] if adds_prefix else []
-        tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement=SPACE, prepend_scheme="first" if adds_prefix else "never", split=False
-        )
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    strip = [decoders.Strip(" ", 1, 0)] if adds_prefix else []
-    tokenizer.decoder = decoders.Sequence([*steps, *strip])
-    return _finish(file, tokenizer, vocabulary, adds_bos=True)
+    how = Normalization(adds_prefix=not is_gemma if adds_prefix is None else adds_prefix)
+    return _finish(file, sentencepiece_bpe(model, how), vocabulary, adds_bos=True)
 
 
 def _merges(
@@ -260,20 +189,8 @@ def _merges(
     ids = {token: i for token, i in vocabulary.ids.items() if vocabulary.types[i] in mergeable}
     if len(scores) != len(vocabulary.tokens):
         raise ValueError(f"{len(scores)} scores for {len(vocabulary.tokens)} tokens")
-    order = ids if is_gemma else sorted(ids, key=lambda token: (-scores[ids[token]], ids[token]))
-    for token in order:
-        cuts = []
-        for cut in range(1, len(token)):
-            left = ids.get(token[:cut])
-            if left is not None and (right := ids.get(token[cut:])) is not None:
-                cuts.append((left, right))
-        for left, right in sorted(cuts):
-            yield vocabulary.tokens[left], vocabulary.tokens[right]
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    left, right = merge.split(" ")
-    return left, right
+    by_score = sorted(ids, key=lambda token: (-scores[ids[token]], ids[token]))
+    yield from merges_by_rank(ids, list(ids) if is_gemma else by_score)
 
 
 def _finish(

@@ -9,18 +9,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from jaxgrad.checkpoints.fill import CanonicalSource, check_weights, fill_decoder
-from jaxgrad.checkpoints.gguf_source import GgufFile
-from jaxgrad.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from jaxgrad.checkpoints.fill import fill_decoder
+from jaxgrad.checkpoints.opening import open_model
 from jaxgrad.checkpoints.places import resolve_model
 from jaxgrad.checkpoints.saved import SavedDecoder
-from jaxgrad.checkpoints.sources import SafetensorsDirectory, WeightSource, read_model_config
-from jaxgrad.checkpoints.tokenizer import tokenizer_from_directory
+from jaxgrad.checkpoints.sources import WeightSource
+from jaxgrad.checkpoints.tokenizer import LoadedTokenizer
 from jaxgrad.dtypes import DTYPES
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
-from jaxgrad.models.families import Family, read_config
+from jaxgrad.models.families import Family
 from jaxgrad.models.sharding import bytes_on_a_device, check_mesh, make_mesh, parse_mesh
+from jaxgrad.options import ModelOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,11 @@ class Checkpoint:
         name: what the user asked for, or the embedded default's name.
         path: the directory or the GGUF file.
         raw_config: its config.json; for a GGUF file, made from the metadata.
+        loaded_tokenizer: the tokenizer, with the rule that makes its tokens.
         files: file name -> (bytes, modification time in ns), to notice that a model was replaced.
+        tokenizer_place: the directory or the GGUF file of the tokenizer.
+        notes: lines for the user: what of the weights' names was stripped, what was merged.
+        origin: what run.json keeps of where the weights are from: a hub id's commit, an adapter's base.
     """
 
     name: str
@@ -66,8 +70,20 @@ class Checkpoint:
     config: DecoderConfig
     family: Family
     source: WeightSource | SavedDecoder
-    tokenizer: PreTrainedTokenizerFast
+    loaded_tokenizer: LoadedTokenizer
     files: dict[str, tuple[int, int]]
+    tokenizer_place: Path
+    notes: tuple[str, ...] = ()
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer."""
+        return self.loaded_tokenizer.tokenizer
+
+    def lines(self) -> list[str]:
+        """What a run says of its model."""
+        return [*self.notes, *self.loaded_tokenizer.lines()]
 
     def load(
         self,
@@ -109,46 +125,42 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(model_path: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model_path: str | None = None, options: ModelOptions = ModelOptions()
+) -> Checkpoint:
     """Find a model; read its config, its tokenizer, and the names and shapes of its weights.
 
     Args:
-        model_path: a Hugging Face directory (safetensors), a directory that `bin/convert` wrote, a .gguf
-            file, a hub id, or None for the embedded default.
+        model_path: a Hugging Face directory (safetensors) or that of a LoRA adapter, a directory that
+            `bin/convert` wrote, a .gguf file, a hub id, or None for the embedded default.
+        options: the adapter's base, and a hub id's revision.
 
     Raises:
         UserError: what is wrong with the model, in one line.
     """
-    location = resolve_model(model_path)
-    path, files = location.path, [location.path]
-    source: GgufFile | CanonicalSource | SavedDecoder
-    # The cheapest checks come first: config, names of the weights, tokenizer.
-    if path.is_file():
-        source = GgufFile(path)
-        raw = source.hf_config()
-        family, config = read_config(raw, source.where)
-        check_weights(config, family, source)
-        tokenizer = tokenizer_from_gguf(source)
-    elif SavedDecoder.is_one(path):
-        source = SavedDecoder(path)
-        raw = source.description["config"]
-        family, config = source.read_config()
-        tokenizer = tokenizer_from_directory(source.tokenizer_directory)
-    else:
-        raw = read_model_config(path)
-        family, config = read_config(raw, f"{path}/config.json")
-        source = CanonicalSource(SafetensorsDirectory(path), family)
-        check_weights(config, family, source)
-        tokenizer = tokenizer_from_directory(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-    stats = {file.name: file.stat() for file in files}
-    sizes = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    return Checkpoint(location.name, path, raw, config, family, source, tokenizer, sizes)
+    location = resolve_model(model_path, options.revision)
+    model = open_model(location, options)
+    return Checkpoint(
+        location.name,
+        location.path,
+        model.raw,
+        model.config,
+        model.family,
+        model.source,
+        model.tokenizer(),
+        model.files,
+        model.tokenizer_place,
+        model.notes,
+        model.origin,
+    )
 
 
 def load_model(
-    model_path: str | None = None, *, dtype: str = "float32", mesh: str = "1x1"
+    model_path: str | None = None,
+    *,
+    dtype: str = "float32",
+    mesh: str = "1x1",
+    options: ModelOptions = ModelOptions(),
 ) -> LoadedModel:
     """Load a checkpoint into the Flax decoder.
 
@@ -157,6 +169,7 @@ def load_model(
         dtype: "float32", "bfloat16" or "float64", of weights and arithmetic. Norms, softmax, rope and loss
             are at least float32.
         mesh: "DxM": D devices of this process for the examples times M for the weights.
+        options: the adapter's base, and a hub id's revision.
 
     Raises:
         UserError: what is wrong with the model or the mesh, in one line.
@@ -165,6 +178,6 @@ def load_model(
     if shape is None:
         raise UserError("mesh='auto' is decided by what is measured: give DxM, such as '4x2'")
     devices = make_mesh(shape)
-    checkpoint = open_checkpoint(model_path)
+    checkpoint = open_checkpoint(model_path, options)
     check_mesh(checkpoint.config, shape)
     return checkpoint.load(dtype, mesh=devices)

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxgrad.checkpoints.sources import FLOATS, read_json_object
+from jaxgrad.checkpoints.tokenizer import LoadedTokenizer, tokenizer_from_directory
 from jaxgrad.errors import UserError
 from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.decoder import (
@@ -34,6 +35,7 @@ from jaxgrad.models.sharding import parameter_shardings
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, TOKENIZER = "jaxgrad_checkpoint.json", "weights", "tokenizer"
+RULE = "tokenizer_rule"  # of the description: what made the source's tokens
 CHUNK_BYTES = 64 * 2**20  # of an array on disk: each process of a pod reads only its own chunks
 
 
@@ -81,6 +83,25 @@ class SavedDecoder:
     def tokenizer_directory(self) -> Path:
         """The directory of the tokenizer's files."""
         return self._directory / TOKENIZER
+
+    def read_tokenizer(self) -> LoadedTokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: it cannot be read; an older version converted it from a GGUF file of Llama's and left
+                out spaces behind special tokens.
+        """
+        files = self._description["source"].get("files") or {}
+        if RULE not in self._description and any(str(name).endswith(".gguf") for name in files):
+            splits = read_json_object(self.tokenizer_directory / "tokenizer.json").get(
+                "pre_tokenizer"
+            )
+            if isinstance(splits, dict) and splits.get("type") == "Metaspace":
+                raise UserError(
+                    f"{self.where} was converted by an older jaxgrad, whose tokenizer left out the space "
+                    "behind special tokens; convert the model again"
+                )
+        return tokenizer_from_directory(self.tokenizer_directory)
 
     @property
     def fingerprint(self) -> str:

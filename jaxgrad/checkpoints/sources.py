@@ -1,5 +1,6 @@
 """Weights in files as named arrays, whatever the format; the reader of safetensors directories."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,6 +16,9 @@ from jaxgrad.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# An adapter, in the form of the library PEFT.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK_BYTES = 32 * 2**20  # read at once of a large tensor
 # A file is reopened after so many bytes: pages of a mapped file count as this process's memory until it is
@@ -23,7 +27,45 @@ REOPEN_BYTES = 64 * 2**20
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-class WeightSource(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """What an adapter adds to a weight: `scale * left @ right`.
+
+    Attributes:
+        left: [rows, r]; for a bias [rows, 1].
+        right: [r, columns]; for a bias [1].
+        scale: a factor.
+        names: what kind of adapter weight `left` and `right` are, such as "lora_B" and "lora_A".
+        dtype: of the sum.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+    names: tuple[str, str]
+    dtype: np.dtype
+
+    def added_to(self, first_row: int, values: np.ndarray) -> np.ndarray:
+        """Rows of the weight, from `first_row` on, with the addition.
+
+        The product and the sum are float64, so that every machine rounds to the same values, but for
+        one in about 10^9.
+        """
+        result = np.empty(values.shape, self.dtype)
+        right = self.right.astype(np.float64)
+        for begin, end in row_blocks(values.shape, np.dtype(np.float64).itemsize):
+            rows = self.left[first_row + begin : first_row + end].astype(np.float64) @ right
+            result[begin:end] = values[begin:end].astype(np.float64) + self.scale * rows
+        return result
+
+    def parts(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
+        """What the fingerprint of a weight's model covers besides the weight: names and arrays."""
+        for part, values in zip(self.names, (self.left, self.right), strict=True):
+            yield f"{name} + {part}", values
+        yield f"{name} + scale", np.array([self.scale])
+
+
+class Tensors(Protocol):
     """Named tensors, read one by one."""
 
     where: str
@@ -42,6 +84,13 @@ class WeightSource(Protocol):
 
     def read_blocks(self, name: str) -> Iterator[np.ndarray]:
         """The same values; a large tensor comes in blocks of rows and is never whole in memory."""
+
+
+class WeightSource(Tensors, Protocol):
+    """A model's weights. `dtype` is theirs with what `addition` adds."""
+
+    def addition(self, name: str) -> Addition | None:
+        """What the reader must add to the values of `read`; None for nothing."""
 
 
 class Fingerprint:
@@ -96,8 +145,10 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     if path.exists():
         return read_json_object(path)
     gguf_files = sorted(directory.glob("*.gguf"))
-    if (directory / "adapter_config.json").exists():
-        advice = "it holds a LoRA adapter: merge it into its base model first"
+    if (directory / ADAPTER_CONFIG).exists():
+        advice = (
+            "it holds an adapter: give it with --adapter=auto and its base as --base_model_path"
+        )
     elif gguf_files:
         advice = f"it holds GGUF files: give one of them, such as {gguf_files[0]}"
     else:
@@ -105,23 +156,25 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     raise UserError(f"{directory} is not a Hugging Face model: it has no config.json; {advice}")
 
 
-class SafetensorsDirectory:
-    """A Hugging Face model directory: one model.safetensors, or shards with an index.
+class SafetensorsFiles:
+    """Safetensors files that are read as one.
+
+    Args:
+        where: what they are, for messages.
+        files: in the order to read them.
 
     Raises:
-        UserError: no weights; pickled weights only; a missing, truncated or corrupt shard; a tensor
-            in two shards; an index that names the wrong shard for a tensor.
+        UserError: a file is truncated or corrupt; a tensor is in two files.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.where = str(directory)
+    def __init__(self, where: str, files: list[Path]) -> None:
+        self.where = where
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._open_file: tuple[Path, Any] | None = None
         self._bytes_read = 0
-        weight_map = self._weight_map(directory / INDEX_NAME)
-        for path in self._find_files(directory, weight_map):
+        for path in files:
             handle = self._open(path)
             for name in handle.offset_keys():
                 if name in self._file_of:
@@ -132,66 +185,6 @@ class SafetensorsDirectory:
                 self._file_of[name] = path
                 view = handle.get_slice(name)
                 self._shapes[name], self._dtypes[name] = tuple(view.get_shape()), view.get_dtype()
-        self._check_index(directory, weight_map)
-
-    def _weight_map(self, index_path: Path) -> dict[str, str]:
-        """Weight -> file, from the index; empty if there is no index."""
-        if not index_path.exists():
-            return {}
-        weight_map = read_json_object(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index_path} has no weight_map; download it again")
-        for file in weight_map.values():
-            # The index is not trusted: a name must not lead out of the directory, nor be too long for
-            # a file system.
-            if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
-                shown = repr(file)[:200]
-                raise UserError(f"{index_path} names {shown}, which is not a plain file name")
-        return weight_map
-
-    def _check_index(self, directory: Path, weight_map: dict[str, str]) -> None:
-        for name, file in weight_map.items():
-            found = self._file_of.get(name)
-            if found != directory / file:
-                there = f"it is in {found.name}" if found else "no shard has it"
-                raise UserError(
-                    f"{directory / INDEX_NAME} places weight {name} in {file}, but {there}; "
-                    "the index and the shards are of different models: download the model again"
-                )
-
-    def _find_files(self, directory: Path, weight_map: dict[str, str]) -> list[Path]:
-        if weight_map:
-            names = sorted(set(weight_map.values()))
-            if (directory / SINGLE_NAME).exists() and SINGLE_NAME not in names:
-                raise UserError(
-                    f"{directory} has both {SINGLE_NAME} and {INDEX_NAME} with other shards, which "
-                    "may be two models; remove one of the two"
-                )
-            missing = [name for name in names if not (directory / name).is_file()]
-            if missing:
-                raise UserError(
-                    f"{directory}: {len(missing)} of {len(names)} shards missing: "
-                    f"{', '.join(missing[:4])}; download the model again"
-                )
-            return [directory / name for name in names]
-        if (directory / SINGLE_NAME).is_file():
-            return [directory / SINGLE_NAME]
-        others = sorted(directory.glob("*.safetensors"))
-        if len(others) == 1:
-            return others
-        if others:
-            raise UserError(
-                f"{directory}: {len(others)} .safetensors files but no {INDEX_NAME} to join them"
-            )
-        pickles = sorted({p.name for pattern in PICKLES for p in directory.glob(pattern)})
-        if pickles:
-            raise UserError(
-                f"{directory} has pickled weights only ({', '.join(pickles[:3])}): refused, "
-                "because unpickling runs code from the file; convert the model to safetensors first"
-            )
-        raise UserError(
-            f"{directory} has no weights: expected {SINGLE_NAME}, or shards with {INDEX_NAME}"
-        )
 
     def _open(self, path: Path) -> Any:
         try:
@@ -239,6 +232,89 @@ class SafetensorsDirectory:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
         self._bytes_read += values.nbytes
         return values
+
+
+class SafetensorsDirectory(SafetensorsFiles):
+    """A Hugging Face model directory: one model.safetensors, or shards with an index.
+
+    Raises:
+        UserError: no weights; pickled weights only; a missing, truncated or corrupt shard; a tensor
+            in two shards; an index that names the wrong shard for a tensor.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        weight_map = self._weight_map(directory / INDEX_NAME)
+        super().__init__(str(directory), self._find_files(directory, weight_map))
+        self._check_index(directory, weight_map)
+
+    def _weight_map(self, index_path: Path) -> dict[str, str]:
+        """Weight -> file, from the index; empty if there is no index."""
+        if not index_path.exists():
+            return {}
+        weight_map = read_json_object(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index_path} has no weight_map; download it again")
+        for file in weight_map.values():
+            # The index is not trusted: a name must not lead out of the directory, nor be too long for
+            # a file system.
+            if not isinstance(file, str) or Path(file).name != file or len(file) > 200:
+                shown = repr(file)[:200]
+                raise UserError(f"{index_path} names {shown}, which is not a plain file name")
+        return weight_map
+
+    def _check_index(self, directory: Path, weight_map: dict[str, str]) -> None:
+        for name, file in weight_map.items():
+            found = self._file_of.get(name)
+            if found != directory / file:
+                there = f"it is in {found.name}" if found else "no shard has it"
+                raise UserError(
+                    f"{directory / INDEX_NAME} places weight {name} in {file}, but {there}; "
+                    "the index and the shards are of different models: download the model again"
+                )
+
+    def _find_files(self, directory: Path, weight_map: dict[str, str]) -> list[Path]:
+        if weight_map:
+            names = sorted(set(weight_map.values()))
+            if (directory / SINGLE_NAME).exists() and SINGLE_NAME not in names:
+                raise UserError(
+                    f"{directory} has both {SINGLE_NAME} and {INDEX_NAME} with other shards, which "
+                    "may be two models; remove one of the two"
+                )
+            missing = [name for name in names if not (directory / name).is_file()]
+            if missing:
+                raise UserError(
+                    f"{directory}: {len(missing)} of {len(names)} shards missing: "
+                    f"{', '.join(missing[:4])}; download the model again"
+                )
+            return [directory / name for name in names]
+        if (directory / SINGLE_NAME).is_file():
+            return [directory / SINGLE_NAME]
+        others = whole_weight_files(directory)
+        if len(others) == 1:
+            return others
+        if others:
+            raise UserError(
+                f"{directory}: {len(others)} .safetensors files but no {INDEX_NAME} to join them"
+            )
+        refuse_pickles(directory, "convert the model to safetensors first")
+        raise UserError(
+            f"{directory} has no weights: expected {SINGLE_NAME}, or shards with {INDEX_NAME}"
+        )
+
+
+def whole_weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, without that of an adapter."""
+    return sorted(p for p in directory.glob("*.safetensors") if p.name != ADAPTER_NAME)
+
+
+def refuse_pickles(directory: Path, mend: str) -> None:
+    """Raise a `UserError` if a directory holds pickled weights."""
+    pickles = sorted({p.name for pattern in PICKLES for p in directory.glob(pattern)})
+    if pickles:
+        raise UserError(
+            f"{directory} has pickled weights only ({', '.join(pickles[:3])}): refused, "
+            f"because unpickling runs code from the file; {mend}"
+        )
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:

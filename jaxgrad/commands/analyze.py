@@ -6,6 +6,7 @@ from jaxgrad import command_line
 from jaxgrad.command_line import Command, FlagGroup
 from jaxgrad.commands import flag_groups
 from jaxgrad.errors import UserError
+from jaxgrad.paths import expanded, split_paths
 
 DESCRIPTION = (
     "Takes the gradient of each example's loss by the model's weight matrices, reduces every gradient "
@@ -31,7 +32,7 @@ def define_flags() -> list[FlagGroup]:
 def main() -> None:
     """Check what needs no JAX, then run."""
     values, options = flags.FLAGS, flag_groups.analyze_options()
-    data_path = command_line.required("data_path", "JSON, JSON lines or Parquet files")
+    data_path = command_line.required("data_path", "files of records, or hf:ORG/NAME:SPLIT")
     if values.calibrate and not values.dry_run:
         raise UserError("--calibrate belongs to --dry_run: give both, or neither")
     from jaxgrad.results.losses import RESPONSE_MEAN
@@ -48,12 +49,15 @@ def main() -> None:
 
     asked = {
         "model_path": values.model_path,
-        "data_paths": data_path.split(","),
+        "model_options": flag_groups.model_options(),
+        "data_paths": [expanded(path) for path in split_paths(data_path)],
         "output_dir": output_dir,
         "options": options,
         "start": values.start,
         "limit": values.limit,
         "fields": flag_groups.record_fields(),
+        "data_format": values.data_format,
+        "response": values.response,
         "mesh": values.mesh,
     }
     if values.dry_run:

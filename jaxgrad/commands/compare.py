@@ -7,8 +7,9 @@ from absl import flags
 from jaxgrad import command_line
 from jaxgrad.command_line import Command, FlagGroup
 from jaxgrad.commands import flag_groups
-from jaxgrad.data.examples import read_examples
+from jaxgrad.data.read import read_examples
 from jaxgrad.options import DtypeName
+from jaxgrad.paths import expanded
 
 DESCRIPTION = (
     "Measures the same examples with jaxgrad and with the authors' procedure in PyTorch (autograd by "
@@ -44,15 +45,28 @@ def define_flags() -> list[FlagGroup]:
 def main() -> int:
     """Print the table; 1 if a statistic is beyond its tolerance."""
     values, fields = flags.FLAGS, flag_groups.record_fields()
-    data_path = command_line.required("data_path", "a JSON, JSON lines or Parquet file")
-    data = read_examples(data_path, start=values.start, limit=values.limit, fields=fields)
+    data_path = command_line.required("data_path", "a file of records, or hf:ORG/NAME:SPLIT")
+    data = read_examples(
+        expanded(data_path),
+        start=values.start,
+        limit=values.limit,
+        fields=fields,
+        data_format=values.data_format,
+        response=values.response,
+    )
+    for line in data.lines:
+        print(line)
     from jaxgrad import reference
 
     dtype: DtypeName = "float64" if values.dtype64 else "float32"
     options = dataclasses.replace(flag_groups.analyze_options(), dtype=dtype, extremes=True)
     tolerances = reference.default_tolerances(dtype, values.tolerance)
     comparison = reference.compare_with_torch(
-        values.model_path, data.examples, options, wide_loss=values.wide_loss
+        values.model_path,
+        data.examples,
+        options,
+        model_options=flag_groups.model_options(),
+        wide_loss=values.wide_loss,
     )
     print(comparison.table(tolerances))
     beyond = [f"{d.statistic} ({d.where})" for d in comparison.beyond(tolerances)]

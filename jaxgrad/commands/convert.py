@@ -9,14 +9,14 @@ from jaxgrad.commands import flag_groups
 DESCRIPTION = (
     "Writes a model (Hugging Face directory, hub id or GGUF file) as an Orbax checkpoint with its config "
     "and tokenizer. The command analyze takes it as --model_path and restores it straight onto its "
-    "devices. The weights keep their dtype. What was written is restored and compared with the source "
-    "before it gets its name."
+    "devices. The weights keep their dtype; those that an adapter changes are written merged, in float32. "
+    "What was written is restored and compared with the source before it gets its name."
 )
 
 
 def define_flags() -> list[FlagGroup]:
     """The flags of --help."""
-    flags.DEFINE_string("output_dir", None, "New directory for the checkpoint.")
+    command_line.define_path("output_dir", "New directory for the checkpoint.")
     return [flag_groups.define_model_flags(), FlagGroup("Result", ("output_dir",))]
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     output_dir = command_line.required("output_dir", "the directory for the checkpoint")
     from jaxgrad.checkpoints.convert import convert_model
 
-    convert_model(flags.FLAGS.model_path, output_dir)
+    convert_model(flags.FLAGS.model_path, output_dir, flag_groups.model_options())
 
 
 run = Command(

@@ -13,8 +13,8 @@ DESCRIPTION = (
 
 def define_flags() -> list[FlagGroup]:
     """The flags of --help."""
-    flags.DEFINE_string("run_dir", None, "The run's directory or URL: --output_dir of analyze.")
-    flags.DEFINE_string("output_path", None, "The JSONL file to write, a path or a URL.")
+    command_line.define_path("run_dir", "The run's directory or URL: --output_dir of analyze.")
+    command_line.define_path("output_path", "The JSONL file to write, a path or a URL.")
     flags.DEFINE_bool(
         "spectrum",
         False,

@@ -5,15 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from jaxgrad import command_line
 from jaxgrad.command_line import FlagGroup
 from jaxgrad.data.examples import Fields
+from jaxgrad.data.read import AUTO, FORMAT_NAMES
+from jaxgrad.data.record import RESPONSE_NAMES
+from jaxgrad.data.records import KINDS
 from jaxgrad.options import (
     CHOICES,
     DTYPE_NAMES,
     METHODS,
+    MOST_TOKENS,
     PRECISIONS,
     PROTOCOL_NAMES,
+    TURNS,
     AnalyzeOptions,
+    ModelOptions,
 )
 
 if TYPE_CHECKING:
@@ -21,15 +28,36 @@ if TYPE_CHECKING:
     from jaxgrad.processes.group import Group
 
 
+MODEL_FLAGS = ("model_path", "base_model_path", "adapter", "revision")
+
+
 def define_model_flags() -> FlagGroup:
     """The model."""
-    flags.DEFINE_string(
+    command_line.define_path(
         "model_path",
-        None,
-        "A Hugging Face directory (safetensors), a hub id, a .gguf file, or a directory that the command "
-        "convert wrote. Not given: the embedded SmolLM2-135M-Instruct.",
+        "A Hugging Face directory (safetensors), that of a LoRA adapter, a hub id, a .gguf file, or a "
+        "directory that the command convert wrote. Not given: the embedded SmolLM2-135M-Instruct.",
     )
-    return FlagGroup("Model", ("model_path",))
+    command_line.define_path(
+        "base_model_path",
+        "The model that an adapter is merged into. Not given: the one that the adapter names.",
+    )
+    flags.DEFINE_enum(
+        "adapter",
+        "auto",
+        CHOICES,
+        "Whether a directory's adapter is used. auto: if it holds no whole weights; with both, say which.",
+    )
+    flags.DEFINE_string(
+        "revision", None, "Branch, tag or commit of a hub id. Not given: its main branch."
+    )
+    return FlagGroup("Model", MODEL_FLAGS)
+
+
+def model_options() -> ModelOptions:
+    """The flags besides --model_path that decide which weights are read."""
+    values = flags.FLAGS
+    return ModelOptions(values.base_model_path, values.adapter, values.revision)
 
 
 def define_input_flags(*, limit: int | None = None, several: bool = False) -> FlagGroup:
@@ -41,12 +69,14 @@ def define_input_flags(*, limit: int | None = None, several: bool = False) -> Fl
     """
     define_model_flags()
     more = (
-        " Several files, with commas: each gets a run in OUTPUT_DIR/NAME, the model is loaded once."
+        " Several files, with commas (\\, for one in a name): each gets a run in OUTPUT_DIR/NAME, the "
+        "model is loaded once."
     )
     flags.DEFINE_string(
         "data_path",
         None,
-        "JSON list, JSON lines or Parquet of {instruction, input, output} or of {messages} records."
+        "JSON, JSON lines, CSV, Parquet or Arrow, also .gz or .zst; a directory that datasets saved; or a "
+        "set of the hub, hf:ORG/NAME:SPLIT. docs/data.md lists the records that are read."
         + (more if several else ""),
     )
     flags.DEFINE_integer("start", 0, "Index of the first example, from 0.")
@@ -57,7 +87,20 @@ def define_input_flags(*, limit: int | None = None, several: bool = False) -> Fl
         "input_field", "input", "Name of the field that may add to the instruction."
     )
     flags.DEFINE_string("output_field", "output", "Name of the response's field.")
-    names = ("model_path", "data_path", "start", "limit")
+    flags.DEFINE_enum(
+        "data_format",
+        AUTO,
+        FORMAT_NAMES,
+        "What the records are: " + "; ".join(f"{kind.name}: {kind.form}" for kind in KINDS) + ". "
+        "auto: by their fields.",
+    )
+    flags.DEFINE_enum(
+        "response",
+        None,
+        RESPONSE_NAMES,
+        "Which response of {chosen, rejected} records; each makes a run of its own.",
+    )
+    names = (*MODEL_FLAGS, "data_path", "data_format", "response", "start", "limit")
     return FlagGroup("Model and data", (*names, "instruction_field", "input_field", "output_field"))
 
 
@@ -69,9 +112,8 @@ def record_fields() -> Fields:
 
 def define_output_flags() -> FlagGroup:
     """Where the results go."""
-    flags.DEFINE_string(
+    command_line.define_path(
         "output_dir",
-        None,
         "Directory for the results, or a URL (gs://, s3://). A run that is there is continued.",
     )
     flags.DEFINE_enum(
@@ -90,8 +132,15 @@ def define_protocol_flags() -> FlagGroup:
         "protocol",
         default.protocol,
         PROTOCOL_NAMES,
-        "paper: the authors' way, to compare with. clean: exactly one BOS, and the response's tokens "
-        "found by character offsets.",
+        "paper: the authors' way, to compare with. clean: exactly one BOS, conversations as the template "
+        "renders them whole, and the response's tokens found by character offsets.",
+    )
+    flags.DEFINE_enum(
+        "turns",
+        default.turns,
+        TURNS,
+        "Which turns of a conversation carry the loss: the assistant's last one, or all of the assistant's "
+        "(with --protocol=clean).",
     )
     flags.DEFINE_enum(
         "chat",
@@ -99,14 +148,19 @@ def define_protocol_flags() -> FlagGroup:
         CHOICES,
         "Whether the chat template is applied. auto: if the tokenizer has one.",
     )
-    flags.DEFINE_integer("max_length", default.max_length, "Tokens after which an example is cut.")
+    flags.DEFINE_integer(
+        "max_length",
+        default.max_length,
+        f"Tokens after which an example is cut. Not given: {MOST_TOKENS}, or the model's positions where "
+        "they are fewer.",
+    )
     flags.DEFINE_string(
         "date",
         default.date,
         "YYYY-MM-DD: the day that some chat templates print (Llama 3.2, SmolLM3). Not given: today, or "
         "the day of the run that is continued.",
     )
-    return FlagGroup("Examples to tokens", ("protocol", "chat", "max_length", "date"))
+    return FlagGroup("Examples to tokens", ("protocol", "turns", "chat", "max_length", "date"))
 
 
 def define_method_flags() -> FlagGroup:

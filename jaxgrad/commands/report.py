@@ -26,7 +26,7 @@ def define_flags() -> list[FlagGroup]:
     flags.DEFINE_multi_string(
         "pairs", [], "BASE=TUNED, names of two models to compare; once for each pair."
     )
-    flags.DEFINE_string("output_dir", None, "Directory for the report.")
+    command_line.define_path("output_dir", "Directory for the report.")
     flags.DEFINE_string("title", "Gradients by layer", "Heading of the report.")
     flags.DEFINE_string(
         "y_limits", "shared", "Figures' limits: shared (over a data set), free, or LOW,HIGH."

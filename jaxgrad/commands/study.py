@@ -18,9 +18,9 @@ DESCRIPTION = (
 
 def define_flags() -> list[FlagGroup]:
     """The flags of --help."""
-    flags.DEFINE_string("config", None, "The study's TOML file, such as configs/demo.toml.")
-    flags.DEFINE_string(
-        "output_dir", None, "Directory for runs and report. Not given: runs/NAME of the file."
+    command_line.define_path("config", "The study's TOML file, such as configs/demo.toml.")
+    command_line.define_path(
+        "output_dir", "Directory for runs and report. Not given: runs/NAME of the file."
     )
     flags.DEFINE_integer(
         "limit",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxgrad.command_line import fail
+from jaxgrad.paths import expanded
 
 USAGE = """usage: {program} [LABEL=]DIR [[LABEL=]DIR ...]
 
@@ -15,7 +16,7 @@ mean over examples). A run without LABEL is called by its directory's name."""
 def label_of(argument: str) -> tuple[str, str]:
     """A run's label and its directory."""
     label, equals, path = argument.partition("=")
-    if not equals or Path(argument).exists() or "://" in label:
+    if not equals or Path(expanded(argument)).exists() or "://" in label:
         return Path(argument).name, argument
     return label, path
 

@@ -231,9 +231,9 @@ def batch_arrays(batch: Batch, tokenized: Sequence[TokenizedExample]) -> Example
     weights_BS = np.zeros((B, S), np.float64)
     for row, member in enumerate(batch.members):
         item = tokenized[member]
-        prompt, length, n = item.num_prompt_tokens, item.num_tokens, item.num_response_tokens
-        tokens_BT[row, :length] = item.token_ids
-        positions_BS[row, :n] = np.arange(prompt - 1, length - 1)
-        labels_BS[row, :n] = item.token_ids[prompt:]
+        n = item.num_response_tokens
+        tokens_BT[row, : item.num_tokens] = item.token_ids
+        positions_BS[row, :n] = item.targets - 1
+        labels_BS[row, :n] = item.token_ids[item.targets]
         weights_BS[row, :n] = 1 / n
     return ExampleArrays(tokens_BT, positions_BS, labels_BS, weights_BS)

@@ -1,34 +1,27 @@
-"""Kinds of data files: bytes -> records, which `data.examples` turns into examples.
+"""Kinds of data files: bytes -> records, which `data.records` turns into examples.
 
 A file is of the first kind in `FORMATS` that claims it. Content decides where it can, not the name.
 A new kind is a function and an entry in that table (docs/extending.md).
 """
 
 import codecs
+import csv
+import io
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
+from jaxgrad.data.tables import is_arrow, is_parquet, read_arrow, read_parquet
 from jaxgrad.errors import UserError
 
-# A small Parquet file may claim any number of rows, or unpack to any number of bytes: more than this is
-# refused. (JSON needs only a small multiple of its file in memory.)
-MAX_PARQUET_CELLS = 100_000_000
-MAX_PARQUET_BYTES = 2 * 2**30
-_PARQUET_BATCH = 1024
-_PARQUET_MAGIC = b"PAR1"
-_TEXT_TYPES = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-)
+_SEPARATORS = (",", "\t", ";", "|")
+_LONGEST_HEADER = 10_000
+# A file without the name .csv or .tsv is CSV if its first line has one of these.
+_CSV_NAMES = {"instruction", "input", "output", "question", "answer", "response", "text"} | {
+    *("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+}
 _JSON_SPACE = " \t\r\n"
 _KINDS = {
     dict: "an object",
@@ -49,8 +42,8 @@ class DataFormat:
         name: In messages.
         claims: (bytes of the file, its path) -> whether it is of this kind.
         read: (bytes, path, names of the fields that are needed) -> the file's records: dictionaries, if
-            the file is right; `data.examples` checks them. Values of other fields may be left out as
-            None. Raises a `UserError` that names the path if the file is broken.
+            the file is right; `data.records` checks them. Values of other fields may be left out as
+            `data.tables.NOT_READ`. Raises a `UserError` that names the path if the file is broken.
     """
 
     name: str
@@ -127,7 +120,7 @@ def _decoded(data: bytes, path: Path) -> tuple[str, int]:
     except UnicodeDecodeError as error:
         offset = base + error.start
         raise UserError(
-            f"{path}: neither Parquet nor UTF-8 text: byte 0x{data[offset]:02x} at byte offset "
+            f"{path}: neither Parquet nor Arrow nor UTF-8 text: byte 0x{data[offset]:02x} at byte offset "
             f"{offset}; save it as UTF-8, unpacked"
         ) from None
 
@@ -138,9 +131,11 @@ def _refuse_one_value(text: str, path: Path) -> None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return
+    inside = [k for k, v in value.items() if isinstance(v, list)] if isinstance(value, dict) else []
+    mend = f"; its field {inside[0]!r} holds a list: write that list alone" if inside else ""
     raise UserError(
-        f"{path}: the top level is {kind_of(value)}, not a list of records; "
-        "write a JSON list, or one record a line"
+        f"{path}: the top level is {kind_of(value)}, not a list of records"
+        f"{mend or '; write a JSON list, or one record a line'}"
     )
 
 
@@ -160,68 +155,81 @@ def _raise_broken(
     ) from None
 
 
-# Parquet
+# CSV
 
 
-def _is_parquet(data: bytes, path: Path) -> bool:
-    return data.startswith(_PARQUET_MAGIC)
+def _is_csv(data: bytes, path: Path) -> bool:
+    """By its name, or by a first line that names fields of records."""
+    text = data.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"{"):
+        return False
+    if {".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes}:
+        return True
+    first_line, _, rest = text[:_LONGEST_HEADER].partition(b"\n")
+    if not rest.strip():
+        return False
+    cells = _header(first_line.decode("utf-8", "replace").rstrip("\r"))
+    return bool(_CSV_NAMES & set(cells)) and "\ufffd" not in "".join(cells)
 
 
-def _read_parquet(data: bytes, path: Path, needed: Collection[str]) -> list[Any]:
-    """Reads the columns that are needed; the others (images, say) stay as names with null."""
+def _header(line: str, known: Collection[str] = _CSV_NAMES) -> list[str]:
+    """The cells of a header line, by the separator that gives the most known names, then the most cells."""
+    return _cells(line, _separator(line, known))
+
+
+def _cells(line: str, separator: str) -> list[str]:
     try:
-        metadata = pq.read_metadata(pa.BufferReader(data))
-        leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
-        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        # Texts stay dictionary-encoded until they are counted: a page may repeat one a billion times.
-        file = pq.ParquetFile(pa.BufferReader(data), metadata=metadata, read_dictionary=texts)
-        names, num_rows = file.schema_arrow.names, metadata.num_rows
-        columns = [name for name in names if name in needed]
-        # Not by the columns' sizes: asking for those crashes the process if their statistics are broken.
-        if num_rows * len(leaves) > MAX_PARQUET_CELLS:
-            raise _bomb(f"{num_rows} rows of {len(leaves)} columns", path)
-        rows: list[dict[str, Any]] = []
-        size = 0
-        for batch in file.iter_batches(_PARQUET_BATCH, columns=columns) if columns else ():
-            size += sum(map(_unpacked_bytes, batch.columns))
-            if size > MAX_PARQUET_BYTES:
-                raise _bomb(f"more than {MAX_PARQUET_BYTES} bytes of text", path)
-            rows += batch.to_pylist()
-    except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        return []
+
+
+def _separator(line: str, known: Collection[str]) -> str:
+    def fit(separator: str) -> tuple[int, int]:
+        cells = _cells(line, separator)
+        return len(set(cells) & set(known)), len(cells)
+
+    return max(_SEPARATORS, key=fit)
+
+
+def _read_csv(data: bytes, path: Path, needed: Collection[str]) -> list[Any]:
+    """Reads a header line and records of as many cells; every value is text."""
+    text, _ = _decoded(data, path)
+    if "\0" in text:
+        raise UserError(f"{path}: broken CSV: it holds NUL characters; save it as UTF-8 text")
+    first_line = text.partition("\n")[0].rstrip("\r")
+    separator = _separator(first_line, {*needed, *_CSV_NAMES})
+    longest = csv.field_size_limit(len(text) + 1)
+    try:
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        names = next(lines)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}: two columns are called {twice!r}; rename one of them")
+        records = []
+        for cells in lines:
+            if cells and len(cells) != len(names):
+                raise UserError(
+                    f"{path}: broken CSV: the record that ends in line {lines.line_num} has "
+                    f"{len(cells)} cells, the header has {len(names)} (separator {separator!r}); "
+                    "put texts with separators or line ends in quotes"
+                )
+            if cells:
+                records.append(dict(zip(names, cells, strict=True)))
+        return records
+    except csv.Error as error:
         raise UserError(
-            f"{path}: broken Parquet of {len(data)} bytes: {error}; write or fetch the file again"
-        ) from error
-    if columns and len(rows) != num_rows:
-        raise UserError(
-            f"{path}: broken Parquet of {len(data)} bytes: it says {num_rows} rows and has "
-            f"{len(rows)}; write or fetch the file again"
-        )
-    return [dict.fromkeys(names) | row for row in rows or [{}] * num_rows]
-
-
-def _unpacked_bytes(array: pa.Array) -> int:
-    """Bytes of an array with its dictionaries written out."""
-    kind = array.type
-    if pa.types.is_dictionary(kind):
-        if not any(is_text(kind.value_type) for is_text in _TEXT_TYPES):
-            return array.indices.nbytes  # numbers, which are refused as text later
-        lengths = pc.take(pc.binary_length(array.dictionary), array.indices)
-        return pc.sum(lengths.cast(pa.int64())).as_py() or 0
-    if pa.types.is_struct(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        inside = array.flatten()
-        return sum(map(_unpacked_bytes, inside if isinstance(inside, list) else [inside]))
-    return array.nbytes
-
-
-def _bomb(what: str, path: Path) -> UserError:
-    return UserError(
-        f"{path}: the Parquet file holds {what}, which is refused; give a part of it, or JSON lines"
-    )
+            f"{path}: broken CSV: {error} (line {lines.line_num}); mend it there, or fetch it again"
+        ) from None
+    finally:
+        csv.field_size_limit(longest)
 
 
 # A file is of the first kind that claims it; JSON lines claim what is left.
 FORMATS = (
     DataFormat("JSON list", _opens_list, _read_json_list),
-    DataFormat("Parquet", _is_parquet, _read_parquet),
+    DataFormat("Parquet", is_parquet, read_parquet),
+    DataFormat("Arrow", is_arrow, read_arrow),
+    DataFormat("CSV", _is_csv, _read_csv),
     DataFormat("JSON lines", lambda data, path: True, _read_json_lines),
 )

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxgrad.data.batches import ExampleArrays
 from jaxgrad.dtypes import at_least_float32
@@ -124,9 +123,17 @@ def cross_entropy(
 
 
 def _weighted_nll(logits_SV: jax.Array, labels_S: jax.Array, weights_S: jax.Array) -> jax.Array:
+    """Sum over positions of weight times -log p(label).
+
+    -log p = softplus(a), with a the log of the other tokens' odds: logsumexp of the other logits, minus the
+    label's logit. Its derivative by the label's logit is minus the sum of those by the others. The usual
+    softmax - onehot cancels where p is near 1: in float32 it is off by 0.7 % at a loss of 1e-6.
+    """
     logits_SV = logits_SV.astype(at_least_float32(logits_SV.dtype))
-    nll_S = optax.softmax_cross_entropy_with_integer_labels(logits_SV, labels_S)
-    return jnp.sum(nll_S * weights_S.astype(nll_S.dtype))
+    is_label_SV = labels_S[:, None] == jnp.arange(logits_SV.shape[1], dtype=labels_S.dtype)[None]
+    others_S = jax.nn.logsumexp(jnp.where(is_label_SV, -jnp.inf, logits_SV), axis=1)
+    label_S = jnp.sum(jnp.where(is_label_SV, logits_SV, 0), axis=1)
+    return jnp.sum(jax.nn.softplus(others_S - label_S) * weights_S.astype(logits_SV.dtype))
 
 
 def _cross_entropy_in_chunks(

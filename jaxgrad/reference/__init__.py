@@ -13,12 +13,8 @@ from jaxgrad.reference.compare import (
     default_tolerances,
 )
 from jaxgrad.reference.encoding import encode_example
-from jaxgrad.reference.torch_procedure import (
-    backward,
-    differentiate_by,
-    load_torch_model,
-    measure_in_torch,
-)
+from jaxgrad.reference.torch_model import load_torch_model
+from jaxgrad.reference.torch_procedure import backward, differentiate_by, measure_in_torch
 
 __all__ = [
     "Comparison",

@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jaxgrad.checkpoints import load_model
+from jaxgrad.checkpoints import open_checkpoint
 from jaxgrad.data.examples import Example
 from jaxgrad.data.tokens import TokenizedExample, tokenize_all
-from jaxgrad.options import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions, ModelOptions
 from jaxgrad.pipeline import analyze
 from jaxgrad.projections import HEAD
 from jaxgrad.reference.encoding import Encoding, encode_example
-from jaxgrad.reference.torch_procedure import load_torch_model, measure_in_torch
+from jaxgrad.reference.tokenizer import reference_tokenizer
+from jaxgrad.reference.torch_model import load_torch_model
+from jaxgrad.reference.torch_procedure import measure_in_torch
 from jaxgrad.reference.weights import llama_name
 from jaxgrad.results import ExampleResult, columns
 
@@ -125,6 +127,7 @@ def compare_with_torch(
     examples: Sequence[Example],
     options: AnalyzeOptions,
     *,
+    model_options: ModelOptions = ModelOptions(),
     wide_loss: bool = True,
     say: Callable[[str], None] = print,
     progress: bool = True,
@@ -135,6 +138,7 @@ def compare_with_torch(
         model_path: as `load_model` takes it.
         examples: from `read_examples`.
         options: of both sides. Both compute in `options.dtype`.
+        model_options: an adapter's base, and a hub id's revision.
         wide_loss: take PyTorch's cross entropy in float64 (see `torch_procedure`).
         say: takes the lines for the user.
         progress: show a bar on stderr.
@@ -143,7 +147,11 @@ def compare_with_torch(
         UserError: any bad input, in one line.
         ValueError: the two sides give an example different tokens.
     """
-    ours_model = load_model(model_path, dtype=options.dtype)
+    checkpoint = open_checkpoint(model_path, model_options)
+    for note in checkpoint.notes:
+        say(note)
+    ours_model = checkpoint.load(options.dtype)
+    options = options.fitted_to(ours_model.config.max_positions)
     tokenizer = ours_model.tokenizer
     tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
     say(
@@ -151,16 +159,18 @@ def compare_with_torch(
         f"{sum(item.measurable for item in tokenized)} of {len(tokenized)} examples, "
         f"{', '.join(str(item.num_tokens) for item in tokenized)} tokens"
     )
+    reference_s_own, which = reference_tokenizer(checkpoint.tokenizer_place, tokenizer)
+    say(which)
     for item in tokenized:
-        check_tokens(item, encode_example(item.example, tokenizer, options))
+        check_tokens(item, encode_example(item.example, reference_s_own, options))
 
     def collect(rows: Iterator[ExampleResult], label: str) -> list[ExampleResult]:
         total = len(examples)
         return list(tqdm(rows, label, total=total, disable=not progress, unit="example"))
 
     ours = collect(analyze(ours_model, examples, options), "jaxgrad")
-    model = load_torch_model(model_path, dtype=options.dtype)
-    rows = measure_in_torch(model, tokenizer, examples, options, wide_loss=wide_loss)
+    model = load_torch_model(model_path, dtype=options.dtype, options=model_options)
+    rows = measure_in_torch(model, reference_s_own, examples, options, wide_loss=wide_loss)
     reference = collect(rows, "PyTorch")
     return compare_results(ours, reference)
 
@@ -176,9 +186,12 @@ def check_tokens(ours: TokenizedExample, reference: Encoding) -> None:
     for position, (token, expected) in enumerate(pairs):
         if token != expected:
             raise ValueError(f"{example}: token {position} is {token}, in the reference {expected}")
-    mine = (ours.num_tokens, ours.num_prompt_tokens, ours.truncated, ours.reason)
-    theirs = (len(reference.token_ids), *reference[1:])
-    names = ("number of tokens", "number of prompt tokens", "truncated", "reason for skipping")
+    targets = ours.targets.tolist()
+    mine = (ours.num_tokens, ours.num_prompt_tokens, targets, ours.truncated, ours.reason)
+    ids = reference.token_ids
+    theirs = (len(ids), reference.num_prompt_tokens, *reference[1:])
+    counts = ("number of tokens", "number of prompt tokens")
+    names = (*counts, "list of target positions", "truncated", "reason for skipping")
     for name, value, wanted in zip(names, mine, theirs, strict=True):
         if value != wanted:
             raise ValueError(f"{example}: {name} is {value}, in the reference {wanted}")

@@ -1,8 +1,8 @@
 """The authors' procedure in PyTorch: one example at a time, each weight's gradient, its full SVD.
 
 Written from the paper's protocol, not from our stages, so that an error there is not repeated here. The
-model is transformers' own, labels mask the prompt, and autograd gives the weights' own gradients.
-transformers also reads GGUF files, if its reader takes in all that the file says (plain Llama).
+model is transformers' own (`torch_model`), labels mask the prompt, and autograd gives the weights' own
+gradients.
 
 Two things differ from the authors' code:
 
@@ -15,135 +15,23 @@ Two things differ from the authors' code:
 """
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
 
-from jaxgrad.checkpoints.gguf_source import GgufFile
-from jaxgrad.checkpoints.places import resolve_model
-from jaxgrad.checkpoints.saved import SavedDecoder
 from jaxgrad.data.examples import Example
-from jaxgrad.errors import UserError
 from jaxgrad.options import AnalyzeOptions
+from jaxgrad.reference.encoding import Encoding, encode_example
+from jaxgrad.reference.losses import IGNORED_LABEL, torch_loss
+from jaxgrad.reference.torch_model import float32_means_float64, torch
+from jaxgrad.reference.weights import Weight, select_weights
 from jaxgrad.results import ExampleResult
-
-INSTALL = "pip install '.[reference]'"
-
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise UserError(f"the comparison needs PyTorch, which is not installed: {INSTALL}") from error
-
-from jaxgrad.reference.encoding import Encoding, encode_example  # noqa: E402
-from jaxgrad.reference.losses import IGNORED_LABEL, torch_loss  # noqa: E402 - needs torch
-from jaxgrad.reference.weights import Weight, select_weights  # noqa: E402
 
 Decomposition = Literal["svdvals", "svd"]
 
 UNDEFINED_BELOW = 1e-12  # with a nuclear norm below this there is no effective rank
-
-
-def load_torch_model(model_path: str | None, *, dtype: str = "float32") -> Any:
-    """The transformers model for a path, in eval mode with eager attention.
-
-    Args:
-        model_path: as `jaxgrad.load_model` takes it.
-        dtype: "float32" or "float64".
-
-    Raises:
-        UserError: there is no such model, or a package for reading it is missing.
-    """
-    from transformers import AutoModelForCausalLM
-
-    path = resolve_model(model_path).path
-    if SavedDecoder.is_one(path):
-        raise UserError(
-            f"--model_path {path} is a converted checkpoint, which PyTorch cannot read; give the "
-            "model that it was converted from"
-        )
-    # Without `trust_remote_code` no code from the model's directory runs.
-    options: dict[str, Any] = {
-        "dtype": torch.float32,
-        "attn_implementation": "eager",
-        "local_files_only": True,
-    }
-    if path.is_file() and not _transformers_reads(file := GgufFile(path)):
-        model = _build_from_gguf(file)
-        if dtype == "float64":
-            _to_double(model)
-        return model
-    if path.is_file():
-        if importlib.util.find_spec("accelerate") is None:
-            raise UserError(f"transformers reads a GGUF file only with accelerate: {INSTALL}")
-        directory, options["gguf_file"] = str(path.parent), path.name
-    else:
-        directory = str(path)
-    model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-    if dtype == "float64":
-        _to_double(model)
-    return model
-
-
-def _transformers_reads(file: GgufFile) -> bool:
-    """Whether transformers' own GGUF reader takes in all that the file says.
-
-    It does not read scaled ropes and biases of Llama files. Of other architectures it leaves out soft caps
-    and query scales, or cannot load them at all.
-    """
-    attributes = file.hf_config().keys()
-    return file.architecture == "llama" and not attributes & {
-        "rope_scaling",
-        "attention_bias",
-        "mlp_bias",
-    }
-
-
-def _build_from_gguf(file: GgufFile) -> Any:
-    """transformers' model with the config and weights that our own GGUF reader finds."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    raw = file.hf_config()
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
-    weights = {name: torch.tensor(file.read(name)) for name in file.shapes()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or not set(missing) <= {"lm_head.weight"}:
-        raise UserError(f"{file.where}: its weights do not fit transformers' {raw['model_type']}")
-    model.tie_weights()
-    return model.eval()
-
-
-@contextlib.contextmanager
-def float32_means_float64() -> Iterator[None]:
-    """Inside the block `torch.float32`, `torch.float` and `Tensor.float()` mean double precision.
-
-    transformers' models say float32 and mean "at least float32": for the mean square of a norm, the
-    softmax, the rotary frequencies and angles. After `model.double()` this rounds down, and the results
-    are accurate to 1e-7 only. All Python code sees the changed names; PyTorch's kernels do not read them.
-    """
-    with (
-        mock.patch.object(torch, "float32", torch.float64),
-        mock.patch.object(torch, "float", torch.float64),
-        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-    ):
-        yield
-
-
-def _to_double(model: Any) -> None:
-    model.double()
-    with float32_means_float64():
-        for module in model.modules():
-            # These were computed in float32. `double()` does not make them more accurate.
-            if type(module).__name__.endswith("RotaryEmbedding"):
-                module.__init__(module.config)
-            elif hasattr(module, "scalar_embed_scale"):
-                module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
 
 
 def measure_in_torch(
@@ -159,7 +47,7 @@ def measure_in_torch(
 
     Args:
         model: from `load_torch_model`. Computes in its dtype, on its device.
-        tokenizer: a `transformers` tokenizer.
+        tokenizer: from `reference_tokenizer`, or a `transformers` tokenizer.
         examples: from `read_examples`.
         options: protocol, chat, max_length, date, parameters, spectrum, extremes and loss are read.
         wide_loss: take the cross entropy in float64 (see the module's docstring).
@@ -173,6 +61,7 @@ def measure_in_torch(
     Raises:
         UserError: an example cannot be encoded.
     """
+    options = options.fitted_to(model.config.max_position_embeddings)
     weights = differentiate_by(model, options.parameters)
     for example in examples:
         encoding = encode_example(example, tokenizer, options)
@@ -215,8 +104,8 @@ def backward(
         The loss.
     """
     input_ids = torch.tensor([encoding.token_ids], device=model.device)
-    labels = input_ids.clone()
-    labels[:, : encoding.num_prompt_tokens] = IGNORED_LABEL
+    labels = torch.full_like(input_ids, IGNORED_LABEL)
+    labels[:, encoding.targets] = input_ids[:, encoding.targets]
     is_double = model.dtype == torch.float64
     model.zero_grad(set_to_none=True)
     with float32_means_float64() if is_double else contextlib.nullcontext():
@@ -289,7 +178,7 @@ def _result(
         example_id=example.id,
         num_tokens=num_tokens,
         num_prompt_tokens=encoding.num_prompt_tokens,
-        num_response_tokens=num_tokens - encoding.num_prompt_tokens,
+        num_response_tokens=len(encoding.targets),
         truncated=encoding.truncated,
         loss=loss,
         status=status,

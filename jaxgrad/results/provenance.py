@@ -10,7 +10,16 @@ from typing import Any
 
 def provenance() -> dict[str, Any]:
     """The command, versions and commit, as run.json has them."""
-    packages = ("jaxgrad", "jax", "jaxlib", "flax", "orbax-checkpoint", "transformers", "numpy")
+    packages = [
+        "jaxgrad",
+        "jax",
+        "jaxlib",
+        "flax",
+        "orbax-checkpoint",
+        "transformers",
+        "tokenizers",
+    ]
+    packages.append("numpy")
     return {
         "command": sys.argv,
         "versions": {name: importlib.metadata.version(name) for name in packages}

@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 import fsspec
 
 from jaxgrad.errors import UserError
+from jaxgrad.paths import expanded
 
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # Some of fsspec's calls read these as patterns, versions or chains of file systems.
@@ -19,7 +20,7 @@ def is_url(location: str | Path) -> bool:
 
 
 def local_path(location: str | Path) -> Path:
-    """The path of a local location, also of one given as file:///...
+    """The path of a local location, also of one given as file:///... or with ~ and variables.
 
     Raises:
         UserError: It is not local, or not an absolute file:// URL.
@@ -32,7 +33,7 @@ def local_path(location: str | Path) -> Path:
     match = None if isinstance(location, PurePath) else URL.match(location)
     if match is None:
         _refuse_broken_url(location)
-        return Path(location)
+        return Path(expanded(str(location)))
     if not match[2].startswith("/"):
         raise UserError(
             f"{location} names no local path: write file:///folder, with three slashes."

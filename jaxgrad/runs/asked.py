@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxgrad.checkpoints import Checkpoint
-from jaxgrad.data.examples import DataSet
+from jaxgrad.data.files import run_name
+from jaxgrad.data.read import DataSet
 from jaxgrad.data.tokens import read_date
 from jaxgrad.errors import UserError
 from jaxgrad.options import AnalyzeOptions
@@ -36,6 +37,19 @@ class AskedRun:
     options: AnalyzeOptions
     identity: dict[str, Any]
 
+    def for_model(self, checkpoint: Checkpoint) -> "AskedRun":
+        """The same with a `max_length` that the model decides.
+
+        Raises:
+            OutputError: the directory holds a run with another one.
+            UserError: the one that was given exceeds the model's positions.
+        """
+        options = self.options.fitted_to(checkpoint.config.max_positions)
+        asked = self.identity["options"] | {"max_length": options.max_length}
+        identity = self.identity | {"options": asked}
+        RunDirectory.check_compatible(self.output_dir, identity)
+        return dataclasses.replace(self, options=options, identity=identity)
+
 
 def run_directories(
     data_paths: Sequence[str | Path], output_dir: str | Path
@@ -48,7 +62,7 @@ def run_directories(
     if len(data_paths) == 1:
         return {data_paths[0]: output_dir}
     directories: dict[str | Path, str | Path] = {
-        path: path_below(output_dir, Path(path).stem) for path in data_paths
+        path: path_below(output_dir, run_name(path)) for path in data_paths
     }
     if len(set(directories.values())) < len(data_paths):
         raise UserError(
@@ -74,7 +88,7 @@ def ask_run(
     """
     options = with_recorded_choices(options, output_dir)
     identity = asked_identity(options, start, limit)
-    identity["data"]["sha256"] = data.sha256
+    identity["data"] |= {"sha256": data.sha256, **data.choice}
     RunDirectory.check_compatible(output_dir, identity)
     RunDirectory.probe(output_dir)
     return AskedRun(data, output_dir, options, identity)
@@ -83,13 +97,16 @@ def ask_run(
 def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
     """What of a run's identity follows from its flags alone.
 
-    Excludes options chosen from free memory: a run that is there keeps its own.
+    Excludes options chosen from free memory, of which a run that is there keeps its own, and a
+    `max_length` that the model decides.
     """
     asked = options.identity()
     if options.batch_tokens is None:
         del asked["batch_tokens"]
     if options.layerwise == "auto":
         del asked["layerwise"]
+    if options.max_length is None:
+        del asked["max_length"]
     return {"data": {"start": start, "limit": limit}, "options": asked, "window": plan.WINDOW}
 
 

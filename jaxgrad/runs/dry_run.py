@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxgrad.data.batches import Batch, batch_arrays
-from jaxgrad.data.examples import Fields, read_examples
+from jaxgrad.data.examples import Fields
+from jaxgrad.data.read import AUTO, read_examples
 from jaxgrad.measure.memory import resident_bytes
 from jaxgrad.models.sharding import replicated_line
-from jaxgrad.options import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions, ModelOptions
 from jaxgrad.runs.asked import date_for, recorded_date, run_directories, with_recorded_choices
 from jaxgrad.runs.plan import RunPlan
-from jaxgrad.runs.report_lines import dry_run_lines, memory_line, memory_warnings
+from jaxgrad.runs.report_lines import dry_run_lines, memory_line, memory_warnings, note_lines
 from jaxgrad.runs.session import Session
 
 CALIBRATION_REPEATS = 2
@@ -43,8 +44,11 @@ def dry_run(
     start: int = 0,
     limit: int | None = None,
     fields: Fields = Fields(),
+    data_format: str = AUTO,
+    response: str | None = None,
     calibrate: bool = False,
     mesh: str = "auto",
+    model_options: ModelOptions = ModelOptions(),
     say: Callable[[str], None] = print,
 ) -> list[DryRun]:
     """Plan runs as `run_analysis` would; read data, tokenizer and config, and print what is needed.
@@ -57,22 +61,34 @@ def dry_run(
         start: index of the first example of each file.
         limit: how many examples of each file.
         fields: the names of a record's fields.
+        data_format: which kind of records, one of `data.read.FORMAT_NAMES`.
+        response: "chosen" or "rejected", for records that have both.
         calibrate: load the weights, measure the median batch and estimate the time.
         mesh: as `run_analysis` takes it; without `calibrate` its devices need not be there.
+        model_options: an adapter's base, and a hub id's revision.
         say: takes the lines for the user.
 
     Raises:
         UserError: any bad input, in one line.
     """
-    session, found = Session(model_path, options, mesh=mesh), []
+    session, found = Session(model_path, options, mesh=mesh, model_options=model_options), []
     directories = {} if output_dir is None else run_directories(data_paths, output_dir)
     for path in data_paths:
-        data = read_examples(path, start=start, limit=limit, fields=fields)
+        data = read_examples(
+            path,
+            start=start,
+            limit=limit,
+            fields=fields,
+            data_format=data_format,
+            response=response,
+        )
         directory = directories.get(path)
         recorded = None if directory is None else recorded_date(directory)
         own = dataclasses.replace(options, date=date_for(options, [recorded]))
         if directory is not None:
             own = with_recorded_choices(own, directory)
+        for line in data.lines:
+            say(line)
         plan = session.plan(data, own)
         if plan.memory is not None:
             say(memory_line(plan, plan.memory, resident_bytes()))
@@ -82,6 +98,8 @@ def dry_run(
         if whole is not None:
             say(whole)
         for line in dry_run_lines(plan, data.path, _token_lines(plan)):
+            say(line)
+        for line in (*session.checkpoint.lines(), *note_lines(plan)):
             say(line)
         seconds = _estimate_seconds(session, plan, say) if calibrate and plan.shapes else None
         found.append(DryRun(plan, seconds))

@@ -61,7 +61,7 @@ class RunPlan:
     Attributes:
         model_name: what the user asked for, or the embedded default's name.
         config: of the model.
-        options: with batch_tokens and layerwise settled.
+        options: with max_length, batch_tokens and layerwise settled.
         settings: what is measured of an example.
         mesh: the devices that it runs on; they need not be there yet.
         uses_chat: whether prompts go through the chat template.
@@ -124,6 +124,8 @@ def plan_run(
             than its memory.
     """
     config = model.config
+    options = options.fitted_to(config.max_positions)
+    assert options.max_length is not None
     settings = settings_for(options, config)
     tokenized = tokenize_examples(model, examples, options)
     rows = choose_row_shapes(tokenized, max_length=options.max_length)
@@ -191,22 +193,22 @@ def tokenize_examples(
     """The examples as tokens of this model.
 
     Raises:
-        UserError: `max_length` exceeds the model's positions, or the tokenizer is not this model's.
+        UserError: the tokenizer is not this model's.
     """
     config, tokenizer = model.config, model.tokenizer
-    if options.max_length > config.max_positions:
-        raise UserError(
-            f"--max_length {options.max_length} exceeds the model's {config.max_positions} "
-            f"positions; give --max_length={config.max_positions} or less"
-        )
     tokenized = tokenize_all(examples, tokenizer, options.protocol_for(tokenizer))
     for item in tokenized:
         # JAX would clamp such an id to the last row of the embedding, in silence.
         if item.num_tokens and item.token_ids.max() >= config.vocab_size:
+            cause = (
+                "the tokenizer is not this model's; copy the tokenizer's files from where the weights "
+                "come from"
+                if item.example.given is None
+                else "the record was tokenized for another model; give its text instead"
+            )
             raise UserError(
                 f"record {item.example.index} has token {item.token_ids.max()}, but the model has "
-                f"only {config.vocab_size} tokens: the tokenizer is not this model's; copy the "
-                "tokenizer's files from where the weights come from"
+                f"only {config.vocab_size} tokens: {cause}"
             )
     return tokenized
 
@@ -336,7 +338,7 @@ def fit_batches(
 def _plan_windows(
     tokenized: Sequence[TokenizedExample], options: AnalyzeOptions, rows: Sequence[RowShape]
 ) -> list[Window]:
-    assert options.batch_tokens is not None
+    assert options.batch_tokens is not None and options.max_length is not None
     windows = []
     for begin in range(0, len(tokenized), WINDOW):
         part = tokenized[begin : begin + WINDOW]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxgrad.data.batches import MAX_SHAPES, BatchShape
-from jaxgrad.data.tokens import TokenizedExample
+from jaxgrad.data.tokens import TokenizedExample, count_notes
 from jaxgrad.measure.memory import BatchChoice, MemoryPrediction, batches_in_flight, bytes_text
 from jaxgrad.measure.programs import CompiledMemory, CompileTally
 from jaxgrad.models.decoder import num_parameters
@@ -96,7 +96,15 @@ def _opening(plan: RunPlan, data_path: str | Path, behind_matrices: str = "") ->
         f"{len(plan.measurable)} of {len(plan.tokenized)} examples, {plan.num_matrices} matrices each"
         f"{behind_matrices}, protocol {options.protocol}, "
         f"{'chat template' if plan.uses_chat else 'plain text'}"
+        f"{', all turns' if options.turns == 'all' else ''}, at most {options.max_length} tokens"
     )
+
+
+def note_lines(plan: RunPlan) -> list[str]:
+    """What the user should know of the texts: what a template leaves out or renders otherwise, by count."""
+    total = len(plan.tokenized)
+    counts = count_notes(plan.tokenized)
+    return [f"of {total} examples, {count}: {note}" for note, count in counts.items()]
 
 
 def halved_line(shape: BatchShape, half: BatchShape) -> str:

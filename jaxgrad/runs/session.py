@@ -10,19 +10,25 @@ from typing import Any
 import jax
 
 from jaxgrad.checkpoints import Checkpoint, LoadedModel, open_checkpoint
-from jaxgrad.data.examples import DataSet
+from jaxgrad.data.read import DataSet
 from jaxgrad.data.tokens import tokens_digest
 from jaxgrad.measure.memory import resident_bytes
 from jaxgrad.measure.programs import Programs
 from jaxgrad.models.sharding import MeshShape, make_mesh, parse_mesh, replicated_line
-from jaxgrad.options import AnalyzeOptions, MeasureSettings
+from jaxgrad.options import AnalyzeOptions, MeasureSettings, ModelOptions
 from jaxgrad.processes import stopping
 from jaxgrad.processes.group import ALONE, Exchange, Group
 from jaxgrad.results.provenance import provenance
 from jaxgrad.runs.agreement import compare_with_leader, open_together
 from jaxgrad.runs.asked import AskedRun, finished_before
 from jaxgrad.runs.plan import RunPlan, plan_run
-from jaxgrad.runs.report_lines import memory_line, memory_warnings, run_line, summary_lines
+from jaxgrad.runs.report_lines import (
+    memory_line,
+    memory_warnings,
+    note_lines,
+    run_line,
+    summary_lines,
+)
 from jaxgrad.runs.windows import complete_run
 
 
@@ -49,10 +55,12 @@ class Session:
         options: AnalyzeOptions,
         *,
         mesh: str = "auto",
+        model_options: ModelOptions = ModelOptions(),
         progress: bool = False,
         group: Group = ALONE,
     ) -> None:
-        self._model_path, self.options, self._progress = model_path, options, progress
+        self._model_path, self._model_options = model_path, model_options
+        self.options, self._progress = options, progress
         # None until the first plan settles an "auto".
         self._mesh_shape: MeshShape | None = parse_mesh(mesh)
         self._group = group
@@ -62,7 +70,7 @@ class Session:
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
         """The model on disk, without the values of its weights."""
-        return open_checkpoint(self._model_path)
+        return open_checkpoint(self._model_path, self._model_options)
 
     @property
     def model(self) -> LoadedModel:
@@ -121,6 +129,7 @@ class Session:
         group, exchange = self._group, self._group.begin_run()
         if not group.leads:
             say, progress = say_nothing, False
+        asked = asked.for_model(self.checkpoint)
         compare_with_leader(exchange, asked.identity)
         counts = exchange.from_leader(lambda: finished_before(asked.output_dir, self.checkpoint))
         if counts is not None:
@@ -164,6 +173,8 @@ class Session:
         self, plan: RunPlan, programs: Programs, asked: AskedRun, say: Callable[[str], None]
     ) -> None:
         """Says what will be measured and needed; compiles the largest batch's program."""
+        for line in asked.data.lines:
+            say(line)
         if plan.memory is not None:
             say(memory_line(plan, programs.memory(plan.memory.shape), _program_bytes()))
             warn = say if self._group.leads else self._group.warn
@@ -174,6 +185,8 @@ class Session:
             say(whole)
         several = self._group.num_processes
         say(run_line(plan, asked.data.path) + (f"; {several} processes" if several > 1 else ""))
+        for line in (*self.checkpoint.lines(), *note_lines(plan)):
+            say(line)
 
     def _identity(self, plan: RunPlan, asked: AskedRun) -> dict[str, Any]:
         """All that the numbers depend on."""
@@ -195,8 +208,12 @@ class Session:
         """
         return provenance() | {
             "model": self.checkpoint.name,
+            "model_origin": self.checkpoint.origin,
+            "model_notes": list(self.checkpoint.notes),
             "model_files": self.checkpoint.files,
+            "tokenizer": self.checkpoint.loaded_tokenizer.described(),
             "data_path": str(data.path),
+            "data_kind": data.kind,
             "device": {
                 "backend": jax.default_backend(),
                 "kind": jax.local_devices()[0].device_kind,

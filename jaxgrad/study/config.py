@@ -5,8 +5,10 @@
 | (top) | title; about, data_root: relative to the file |
 | [analyze] | flags of `bin/analyze` by name, on examples, tokens and what is measured |
 | [report] | level, num_resamples, num_permutations, seed |
-| [[models]] | name; path (left out: the embedded model), role, pair |
-| [[data]] | name, correct = {setting = file}; kind, irrelevant = {setting = file} |
+| [[models]] | name; path (left out: the embedded model), base_model_path, adapter, revision, role, pair |
+| [[data]] | name, correct = {setting = file}; kind, data_format, irrelevant = {setting = file} |
+
+A file is a path, hf:ORG/NAME:SPLIT, or {file = ..., response = "chosen" or "rejected"}.
 
 `${NAME}` in a path is an environment variable. A variable that is not set is no error here: the study's
 other files and models can still be measured.
@@ -14,7 +16,6 @@ other files and models can still be measured.
 
 import dataclasses
 import os
-import re
 import tomllib
 import types
 import typing
@@ -24,16 +25,20 @@ from typing import Any, Literal, NoReturn
 
 from jaxgrad.analysis import Resampling
 from jaxgrad.data.examples import Fields
+from jaxgrad.data.hub import HUB_MARK
+from jaxgrad.data.read import AUTO, FORMAT_NAMES
+from jaxgrad.data.record import ResponseName
 from jaxgrad.data.tokens import read_date
 from jaxgrad.errors import UserError
 from jaxgrad.gradients.loss import LOSSES
-from jaxgrad.options import AnalyzeOptions
+from jaxgrad.options import AnalyzeOptions, Choice, ModelOptions
+from jaxgrad.paths import expanded
 from jaxgrad.report.cells import CORRECT, IRRELEVANT, RESPONSES, Role, file_stem
 
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _TYPES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _SLICE = {"start": int, "limit": int}
 _FIELDS = {f"{field.name}_field": str for field in dataclasses.fields(Fields)}
+_FORMAT = Literal[FORMAT_NAMES]  # type: ignore[valid-type]
 _LEAST = {"start": 0, "limit": 1, "max_length": 1, "batch_tokens": 1, "seed": 0}
 ModelRole = Literal["base", "instruct"]
 BASE, INSTRUCT = MODEL_ROLES = typing.get_args(ModelRole)
@@ -49,12 +54,36 @@ class StudyModel:
         role: "base" or "instruct". Prompts of a base model are plain text unless [analyze] sets `chat`:
             many base models carry a chat template that they were not trained on.
         pair: A base and an instruction-tuned model of the same pair are compared.
+        base_model_path: Of an adapter, as `bin/analyze --base_model_path` takes it.
+        adapter: Whether the directory's adapter is used.
+        revision: Of a hub id.
     """
 
     name: str
     path: str | None = None
     role: ModelRole | None = None
     pair: str | None = None
+    base_model_path: str | None = None
+    adapter: Choice = "auto"
+    revision: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFile:
+    """The records of a cell.
+
+    Attributes:
+        path: As the study names it.
+        data_format: Of --data_format.
+        response: Of --response; None if its records have one.
+    """
+
+    path: str
+    data_format: str = AUTO
+    response: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.response})" if self.response else self.path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +98,7 @@ class StudyData:
 
     name: str
     kind: str
-    files: Mapping[str, Mapping[str, str]]
+    files: Mapping[str, Mapping[str, DataFile]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +131,7 @@ class StudyConfig:
     models: tuple[StudyModel, ...]
     data: tuple[StudyData, ...]
 
-    def roles(self, model: StudyModel) -> dict[Role, str]:
+    def roles(self, model: StudyModel) -> dict[Role, DataFile]:
         """The cells of one model -> their data files, in the order of the study."""
         return {
             Role(model.name, data.name, setting, response): file
@@ -127,16 +156,18 @@ class StudyConfig:
             if (base.role, tuned.role) == (BASE, INSTRUCT)
         ]
 
-    def data_path(self, file: str) -> Path:
-        """The path of a data set's file.
+    def data_path(self, file: str) -> Path | str:
+        """The path of a data set's file; the name of a hub set as it is.
 
         Raises:
             UserError: An environment variable in it is not set.
         """
-        path = Path(expanded(file)).expanduser()
+        if file.startswith(HUB_MARK):
+            return file
+        path = Path(expanded(file))
         if path.is_absolute():
             return path
-        return self.path.parent / Path(expanded(self.data_root)).expanduser() / path
+        return self.path.parent / expanded(self.data_root) / path
 
     def model_path(self, model: StudyModel) -> str | None:
         """A model's path for `open_checkpoint`: relative to the study's file if it exists there.
@@ -144,23 +175,22 @@ class StudyConfig:
         Raises:
             UserError: An environment variable in it is not set.
         """
-        if model.path is None:
+        return self._beside(model.path)
+
+    def model_options(self, model: StudyModel) -> ModelOptions:
+        """What besides its path decides which weights a model has.
+
+        Raises:
+            UserError: An environment variable in the base's path is not set.
+        """
+        return ModelOptions(self._beside(model.base_model_path), model.adapter, model.revision)
+
+    def _beside(self, path: str | None) -> str | None:
+        if path is None:
             return None
-        path = expanded(model.path)
-        beside = self.path.parent / Path(path).expanduser()
+        path = expanded(path)
+        beside = self.path.parent / path
         return str(beside) if path.startswith(("./", "../")) or beside.exists() else path
-
-
-def expanded(text: str) -> str:
-    """A path with the values of its environment variables.
-
-    Raises:
-        UserError: A variable is not set.
-    """
-    unset = [name for name in _VARIABLE.findall(text) if not os.environ.get(name)]
-    if unset:
-        raise UserError(f"the environment variable {unset[0]} is not set ({text} needs it)")
-    return _VARIABLE.sub(lambda match: os.environ[match[1]], text)
 
 
 def read_study(path: str | os.PathLike[str], *, limit: int | None = None) -> StudyConfig:
@@ -174,7 +204,7 @@ def read_study(path: str | os.PathLike[str], *, limit: int | None = None) -> Stu
         UserError: The file is missing or not TOML, a key is unknown, missing or of a wrong type, or two
             cells would have the same directory.
     """
-    path = Path(path)
+    path = Path(expanded(os.fspath(path)))
     try:
         with open(path, "rb") as file:
             tree = tomllib.load(file)
@@ -259,18 +289,26 @@ def _check(config: StudyConfig, analyze: "_Table") -> None:
 
 
 def _model(table: "_Table") -> StudyModel:
-    table.only({"name", "path", "role", "pair"})
+    table.only([field.name for field in dataclasses.fields(StudyModel)])
     role = table.value("role", ModelRole, None)
     pair = table.value("pair", str, None)
     if pair is not None and role is None:
         table.refuse(f'pair needs a role: add role = "{BASE}" or role = "{INSTRUCT}"')
     name = table.value("name", str)
     table.stem(name)
-    return StudyModel(name, table.value("path", str, None), role, pair)
+    return StudyModel(
+        name,
+        table.value("path", str, None),
+        role,
+        pair,
+        table.value("base_model_path", str, None),
+        table.value("adapter", Choice, "auto"),
+        table.value("revision", str, None),
+    )
 
 
 def _data(table: "_Table") -> StudyData:
-    table.only({"name", "kind", *RESPONSES})
+    table.only({"name", "kind", "data_format", *RESPONSES})
     name = table.value("name", str)
     table.stem(name)
     files = {}
@@ -282,9 +320,19 @@ def _data(table: "_Table") -> StudyData:
             table.refuse(f"{response} names no file: give {response} = {{SETTING = FILE}}")
         for setting in inner.content:
             inner.stem(setting)
-        files[response] = {setting: inner.value(setting, str) for setting in inner.content}
+        data_format = table.value("data_format", _FORMAT, AUTO)
+        files[response] = {s: _file(inner, s, data_format) for s in inner.content}
     assert CORRECT in files
     return StudyData(name, table.value("kind", str, ""), files)
+
+
+def _file(table: "_Table", setting: str, data_format: str) -> DataFile:
+    if not isinstance(table.content[setting], dict):
+        return DataFile(table.value(setting, str), data_format)
+    inner = table.table(setting)
+    inner.only({"file", "response"})
+    response = inner.value("response", ResponseName, None)
+    return DataFile(inner.value("file", str), data_format, response)
 
 
 @dataclasses.dataclass(frozen=True)

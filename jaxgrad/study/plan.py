@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from huggingface_hub import try_to_load_from_cache
 
 from jaxgrad.checkpoints.places import find_local_model
-from jaxgrad.data.examples import DataSet, read_examples
+from jaxgrad.data.read import DataSet, read_examples
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.report.cells import Role, file_stem
@@ -17,7 +17,7 @@ from jaxgrad.results import RunDirectory
 from jaxgrad.results.layout import load_run
 from jaxgrad.results.urls import local_path
 from jaxgrad.runs.asked import asked_identity, date_for, recorded_date
-from jaxgrad.study.config import StudyConfig, StudyModel
+from jaxgrad.study.config import DataFile, StudyConfig, StudyModel
 
 # How far a cell is, in the order of the summary.
 State = Literal["finished", "to measure", "without data", "without model"]
@@ -128,7 +128,7 @@ def plan_study(config: StudyConfig, output_dir: str | Path) -> StudyPlan:
         for role in config.roles(model)
     }
     date = date_for(config.options, (_date_of(*key, path) for key, path in directories.items()))
-    read: dict[str, DataSet | str] = {}
+    read: dict[DataFile, DataSet | str] = {}
     cells = []
     for (model, role), directory in directories.items():
         file = config.roles(model)[role]
@@ -143,14 +143,16 @@ def plan_study(config: StudyConfig, output_dir: str | Path) -> StudyPlan:
         reason = found if isinstance(found, str) else None
         asked = asked_identity(options, config.start, config.limit)
         if data is not None:
-            asked["data"]["sha256"] = data.sha256
+            asked["data"] |= {"sha256": data.sha256, **data.choice}
         try:
             RunDirectory.check_compatible(directory, asked)
             run = load_run(directory)
         except OutputError as error:
             raise OutputError(f"{model.name}: {role.title}: {error}") from error
         finished = run is not None and run["finished"]
-        cells.append(PlannedCell(model, role, file, directory, options, data, reason, finished))
+        cells.append(
+            PlannedCell(model, role, str(file), directory, options, data, reason, finished)
+        )
     models, missing = _models(config)
     return StudyPlan(config, tuple(cells), models, missing)
 
@@ -162,11 +164,17 @@ def _date_of(model: StudyModel, role: Role, directory: Path) -> str | None:
         raise OutputError(f"{model.name}: {role.title}: {error}") from error
 
 
-def _read(config: StudyConfig, file: str) -> DataSet | str:
+def _read(config: StudyConfig, file: DataFile) -> DataSet | str:
     """A file's examples, or why they cannot be read."""
     try:
-        path = config.data_path(file)
-        return read_examples(path, start=config.start, limit=config.limit, fields=config.fields)
+        return read_examples(
+            config.data_path(file.path),
+            start=config.start,
+            limit=config.limit,
+            fields=config.fields,
+            data_format=file.data_format,
+            response=file.response,
+        )
     except UserError as error:
         return str(error)
 
@@ -176,19 +184,27 @@ def _models(config: StudyConfig) -> tuple[dict[str, str], dict[str, str]]:
     where, missing = {}, {}
     for model in config.models:
         try:
-            path = config.model_path(model)
+            path, options = config.model_path(model), config.model_options(model)
             found = find_local_model(path)
+            if options.base_model_path is not None:
+                find_local_model(options.base_model_path, flag="base_model_path")
         except UserError as error:
             missing[model.name] = in_a_study(error)
             where[model.name] = f"missing: {missing[model.name]}"
             continue
         if found is not None:
             where[model.name] = f"{found.path.name}, here"
-        elif isinstance(try_to_load_from_cache(str(path), "config.json"), str):
+        elif _is_cached(str(path), options.revision):
             where[model.name] = f"{path}, in the hub's cache"
         else:
             where[model.name] = f"{path}, to be fetched from the hub"
     return where, missing
+
+
+def _is_cached(hub_id: str, revision: str | None) -> bool:
+    """Whether a model's or an adapter's config is in the hub's cache."""
+    names = ("config.json", "adapter_config.json")
+    return any(isinstance(try_to_load_from_cache(hub_id, n, revision=revision), str) for n in names)
 
 
 def in_a_study(error: UserError) -> str:

@@ -101,7 +101,12 @@ def _measure_model(
     if not cells:
         return reasons
     try:
-        session = Session(config.model_path(model), config.options_of(model), progress=progress)
+        session = Session(
+            config.model_path(model),
+            config.options_of(model),
+            model_options=config.model_options(model),
+            progress=progress,
+        )
         _ = session.checkpoint
     except UserError as error:
         say(f"{model.name} cannot be opened, so its cells are left out: {in_a_study(error)}")

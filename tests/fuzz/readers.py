@@ -5,6 +5,7 @@ file was read or refused (a `UserError` of one short line). What was read is com
 reading if there is one. Anything else is a find.
 """
 
+import copy
 import dataclasses
 import functools
 import io
@@ -27,6 +28,7 @@ import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.numpy
 import tiny_models
 from mutations import (
     mutate_bytes,
@@ -35,19 +37,23 @@ from mutations import (
     mutate_safetensors,
     mutate_text,
 )
+from transformers import CONFIG_MAPPING
 
 from jaxgrad.checkpoints import open_checkpoint
+from jaxgrad.checkpoints.adapters import Adapter, MergedSource
 from jaxgrad.checkpoints.convert import convert_model
-from jaxgrad.checkpoints.fill import CanonicalSource, check_weights
 from jaxgrad.checkpoints.gguf_source import GgufFile
 from jaxgrad.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from jaxgrad.checkpoints.key_table import CanonicalSource, check_weights
+from jaxgrad.checkpoints.lora_plan import plan_merge
 from jaxgrad.checkpoints.saved import DESCRIPTION
-from jaxgrad.checkpoints.sources import INDEX_NAME, SafetensorsDirectory
+from jaxgrad.checkpoints.sources import INDEX_NAME, SafetensorsDirectory, read_model_config
 from jaxgrad.checkpoints.tokenizer import tokenizer_from_directory
 from jaxgrad.data import chat_template
-from jaxgrad.data.examples import Example, Message, read_examples
+from jaxgrad.data.examples import Example, Message
+from jaxgrad.data.read import DataSet, read_examples
 from jaxgrad.errors import UserError
-from jaxgrad.models.families import read_config
+from jaxgrad.models.families import config_notes, ignored_attributes, read_config
 from jaxgrad.options import AnalyzeOptions
 from jaxgrad.results import read_authors_jsonl
 from jaxgrad.runs.plan import tokenize_examples
@@ -167,7 +173,7 @@ def _safetensors_seeds() -> list[bytes]:
 def _check_directory(path: Path) -> None:
     """Reads all weights of a directory, and holds them against the bytes that the header names."""
     family, config = _config()
-    source = CanonicalSource(SafetensorsDirectory(path), family)
+    source = CanonicalSource(SafetensorsDirectory(path), family, config)
     check_weights(config, family, source)
     found = {}
     for file in path.glob("*.safetensors"):
@@ -204,6 +210,66 @@ def _read_index(data: bytes, folder: Path) -> None:
     _check_directory(path)
 
 
+ADAPTER: dict[str, Any] = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 3,
+    "target_modules": ["q_proj"],
+    "use_rslora": True,
+    "bias": "none",
+    "modules_to_save": None,
+    "base_model_name_or_path": "../m",
+}
+
+
+@functools.cache
+def _adapter_weights() -> dict[str, np.ndarray]:
+    values, found = np.random.default_rng(0), {}
+    for name, weight in _files().weights.items():
+        if name.endswith("q_proj.weight"):
+            outputs, inputs = weight.shape
+            stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+            found[f"{stem}A.weight"] = values.standard_normal((2, inputs), np.float32)
+            found[f"{stem}B.weight"] = values.standard_normal((outputs, 2), np.float32)
+    return found
+
+
+def _read_adapter(config: bytes, weights: bytes, folder: Path) -> None:
+    """Merges all weights, and holds them against B A where the config has no patterns."""
+    base, directory = _model(folder, tokenizer=False), folder / "a"
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_bytes(config)
+    (directory / "adapter_model.safetensors").write_bytes(weights)
+    adapter = Adapter(directory)
+    family, decoder = _config()
+    merge = plan_merge(adapter.config, adapter.tensors, family, decoder)
+    whole = CanonicalSource(SafetensorsDirectory(base), family, decoder)
+    source = MergedSource(whole, adapter, merge, family, decoder, decoder)
+    check_weights(decoder, family, source)
+    read, raw = safetensors.numpy.load(weights), json.loads(config)
+    for name in merge.loras:
+        addition = source.addition(name)
+        assert addition is not None
+        merged = addition.added_to(0, source.read(name))
+        a, b = (
+            read[f"base_model.model.{name.removesuffix('.weight')}.lora_{k}.weight"] for k in "AB"
+        )
+        if not (raw.get("alpha_pattern") or adapter.tensors.shapes().keys() - read.keys()):
+            rank = len(a)
+            scale = raw.get("lora_alpha", 8) / (rank**0.5 if raw.get("use_rslora") else rank)
+            product = b.astype(np.float64) @ a.astype(np.float64)
+            wanted = (whole.read(name).astype(np.float64) + scale * product).astype(merged.dtype)
+            assert np.allclose(merged, wanted, rtol=1e-6, atol=1e-30)
+
+
+def _read_adapter_config(data: bytes, folder: Path) -> None:
+    _read_adapter(data, safetensors.numpy.save(_adapter_weights()), folder)
+
+
+def _read_adapter_weights(data: bytes, folder: Path) -> None:
+    _read_adapter(json.dumps(ADAPTER).encode(), data, folder)
+
+
 def _config_seeds() -> list[bytes]:
     config = _files().config
     ropes = ({}, *({"rope_parameters": rope} for rope in tiny_models.ROPES.values()))
@@ -221,6 +287,47 @@ def _read_config(data: bytes, folder: Path) -> None:
     )
     assert checkpoint.config.num_layers == TINY.num_layers
     _tokenize(checkpoint.tokenizer, checkpoint.config)
+
+
+def _saved_config_seeds() -> list[bytes]:
+    """Configs of all families, as the oldest and the newest versions of transformers write them."""
+    folder = Path(__file__).parent.parent / "saved_configs"
+    seeds = []
+    for path in sorted(folder.glob("*.json")):
+        entries = json.loads(path.read_text("utf-8")).values()
+        whole = [entry["saved"] | entry["more"] for entry in entries if isinstance(entry, dict)]
+        seeds += [json.dumps(raw | {"_model_name_or_path": "x"}).encode() for raw in whole]
+    return seeds
+
+
+def _read_saved_config(data: bytes, folder: Path) -> None:
+    """What is ignored changes nothing, and transformers finds the same sizes and ropes."""
+    (folder / "config.json").write_bytes(data)
+    raw = read_model_config(folder)
+    config = read_config(raw, "config.json")[1]
+    ignored = ignored_attributes(raw, "config.json")
+    assert all(line.isprintable() for line in config_notes(raw, "config.json"))
+    assert config == read_config({k: raw[k] for k in raw.keys() - set(ignored)}, "c")[1]
+    try:
+        theirs = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw)).get_text_config()
+    except Exception:  # it checks less and more than we do
+        return
+    assert config.vocab_size == theirs.vocab_size
+    assert config.width == theirs.hidden_size
+    assert config.num_layers == theirs.num_hidden_layers
+    assert config.num_heads == theirs.num_attention_heads
+    assert config.max_positions == theirs.max_position_embeddings
+    for place, kind in zip(
+        config.layer_kinds, getattr(theirs, "layer_types", None) or (), strict=False
+    ):
+        window = theirs.sliding_window if kind == "sliding_attention" else None
+        assert config.kinds[place].window == window
+    rope = getattr(theirs, "rope_parameters", None)
+    for kind in config.kinds:
+        if kind.rope is not None and rope and "full_attention" not in rope:
+            assert kind.rope.theta == rope["rope_theta"]
+            assert kind.rope.rotated_fraction == (rope.get("partial_rotary_factor") or 1.0)
+            assert kind.rope.kind == {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])
 
 
 def _gguf_seeds() -> list[bytes]:
@@ -292,7 +399,7 @@ def _tokenizer_reader(file: str) -> Callable[[bytes, Path], None]:
     def read(data: bytes, folder: Path) -> None:
         path = _model(folder, weights={})
         (path / file).write_bytes(data)
-        _tokenize(tokenizer_from_directory(path), _wide_config())
+        _tokenize(tokenizer_from_directory(path).tokenizer, _wide_config())
 
     return read
 
@@ -304,6 +411,27 @@ def _tokenizer_seeds() -> list[bytes]:
             _build_tokenizer(kind, Path(folder))
             texts.append((Path(folder) / kind / "tokenizer.json").read_text())
     return [text.encode() for text in texts]
+
+
+def _read_sentencepiece(data: bytes, folder: Path) -> None:
+    """A tokenizer.model of any content, as the directory's only vocabulary."""
+    path = folder / "directory"
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer.model").write_bytes(data)
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    _tokenize(tokenizer_from_directory(path).tokenizer, _wide_config())
+
+
+def _sentencepiece_seeds() -> list[bytes]:
+    import sentencepiece_models  # here, because it needs a package of the tests
+
+    kinds = sentencepiece_models.KINDS
+    return [sentencepiece_models.train(**kinds[kind]) for kind in ("llama", "user_defined")]
+
+
+def _special_tokens_seeds() -> list[bytes]:
+    tokens = {"bos_token": {"content": tiny_models.BOS}, "additional_special_tokens": ["<|mark|>"]}
+    return [json.dumps(tokens).encode()]
 
 
 def _tokenizer_config_seeds() -> list[bytes]:
@@ -401,6 +529,175 @@ def _parquet_seeds() -> list[bytes]:
     return seeds
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+# Of each kind of records, a file.
+KINDS_OF_RECORDS: tuple[list[dict[str, Any]], ...] = (
+    [{"instruction": "a", "output": "b", "system": "s", "history": [["q", "a"]], "id": 1}],
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "tools": json.dumps([CALL]),
+        }
+    ],
+    [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            ],
+            "tools": [CALL],
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    ],
+    [
+        {"prompt": "p", "completion": " c"},
+        {"prompt": "p", "completion": [RECORDS[2]["messages"][1]]},
+    ],
+    [{"text": "a"}, {"text": "é", "n": [None]}],
+    [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "attention_mask": [0, 1, 1]},
+        {"input_ids": [4, 5], "assistant_masks": [0, 1], "position_ids": [0, 1]},
+    ],
+)
+PREFERENCES = (
+    [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"chosen": "q a", "rejected": "q b"}],
+    [
+        {
+            "chosen": RECORDS[2]["messages"],
+            "rejected": [RECORDS[2]["messages"][0], {"role": "assistant", "content": "c"}],
+        }
+    ],
+)
+
+
+def _record_seeds() -> list[bytes]:
+    return [json.dumps(records).encode() for records in KINDS_OF_RECORDS]
+
+
+def _preference_seeds() -> list[bytes]:
+    return [json.dumps(records).encode() for records in PREFERENCES]
+
+
+CSV_SNIPPETS = (
+    "\n",
+    "\r",
+    '"',
+    '"a\n',
+    "a,b,c,d,e\n",
+    "\0\n",
+    "a;b\n",
+    "\ufeff",
+    "x" * 200_000 + "\n",
+    '"' * 5000 + "\n",
+    "," * 5000 + "\n",
+    "'a','b'\n",
+    "\u2028,\u2029\n",
+    "\ud800,a\n",
+    "[" * 100_000 + "\n",
+    "{\n",
+)
+
+
+def _csv_seeds() -> list[bytes]:
+    return [
+        b'instruction,input,output\r\n"a, ""b""",c,d\r\n\r\ne,,"f\r\ng"\r\n',
+        "\ufeffprompt;completion;id\né;ü;1\n".encode(),
+        b'messages\tn\n"[{""role"": ""user"", ""content"": ""q""}, '
+        b'{""role"": ""assistant"", ""content"": ""a""}]"\t1\n',
+        b"text|n\n'a|1\n",
+    ]
+
+
+def _arrow_seeds() -> list[bytes]:
+    plain = pa.table({"instruction": ["a", "bc"] * 3, "output": ["d", ""] * 3, "n": [1.5] * 6})
+    repeated = pa.table({"text": pa.array(["ab", "c", "ab"]).dictionary_encode()})
+    views = pa.table({"text": pa.array(["a" * 20, "b"], pa.string_view())})
+    seeds = []
+    for table, new, compression in (
+        (plain, pa.ipc.new_stream, None),
+        (plain, pa.ipc.new_file, "lz4"),
+        (repeated, pa.ipc.new_file, None),
+        (views, pa.ipc.new_stream, "zstd"),
+        (pa.Table.from_pylist(KINDS_OF_RECORDS[2]), pa.ipc.new_stream, "zstd"),
+        (pa.Table.from_pylist(KINDS_OF_RECORDS[5]), pa.ipc.new_stream, None),
+    ):
+        sink = io.BytesIO()
+        with new(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as to:
+            to.write_table(table, max_chunksize=4)
+        seeds.append(sink.getvalue())
+    return seeds
+
+
+def _packed_seeds() -> list[bytes]:
+    seeds = []
+    for codec in ("gzip", "zstd"):
+        for data in (json.dumps(RECORDS).encode(), _csv_seeds()[0], _parquet_seeds()[0]):
+            sink = pa.BufferOutputStream()
+            with pa.CompressedOutputStream(sink, codec) as stream:
+                stream.write(data)
+            seeds.append(sink.getvalue().to_pybytes())
+    return seeds
+
+
+def _read_any(data: bytes, folder: Path) -> None:
+    """Reads a file of any form. Nothing is compared: the readers share no second one."""
+    path = folder / "data"
+    path.write_bytes(data)
+    _check_examples(read_examples(path))
+
+
+def _read_csv(data: bytes, folder: Path) -> None:
+    path = folder / "data.csv"
+    path.write_bytes(data)
+    _check_examples(read_examples(path))
+
+
+def _read_preferences(data: bytes, folder: Path) -> None:
+    path = folder / "data"
+    path.write_bytes(data)
+    chosen, rejected = (read_examples(path, response=name) for name in ("chosen", "rejected"))
+    _check_examples(chosen)
+    for one, other in zip(chosen.examples, rejected.examples, strict=True):
+        assert one.messages == other.messages or one.id != other.id
+
+
+def _read_state(data: bytes, folder: Path) -> None:
+    """A directory that `datasets` saved, with this state.json."""
+    path = folder / "set"
+    if not path.exists():
+        path.mkdir()
+        for name, part in zip(("a.arrow", "b.arrow"), _arrow_seeds(), strict=False):
+            (path / name).write_bytes(part)
+    (path / "state.json").write_bytes(data)
+    _check_examples(read_examples(path))
+
+
+def _state_seeds() -> list[bytes]:
+    state = {"_data_files": [{"filename": "a.arrow"}, {"filename": "b.arrow"}], "_split": None}
+    return [
+        json.dumps(state | {"_format_columns": c}).encode()
+        for c in (None, ["instruction", "output"])
+    ]
+
+
+def _check_examples(found: DataSet) -> None:
+    assert found.num_records == len(found.examples) and len(found.sha256) == 64
+    assert all(line.isprintable() for line in found.lines)
+    for example in found.examples:
+        assert len(example.id) == 16
+        if example.given is not None:
+            assert len(example.given.token_ids) == len(example.given.targets) > 0
+        if example.reply is not None:
+            assert (example.reply.role, example.reply.content) == ("assistant", example.response)
+        for text in (example.response, *(m.content for m in example.messages)):
+            text.encode()
+
+
 def _read_examples(data: bytes, folder: Path) -> None:
     path = folder / "data"
     path.write_bytes(data)
@@ -417,8 +714,11 @@ def _read_examples(data: bytes, folder: Path) -> None:
     assert found.num_records == len(records) == len(found.examples)
     for example, record in zip(found.examples, records, strict=True):
         response = record.get("output")
-        if record.get("messages") is not None and response is None:
-            response = record["messages"][-1]["content"]
+        if record.get("messages") is not None and None in (response, record.get("instruction")):
+            last = record["messages"][-1]
+            response = last.get("content") or ""  # a list without parts, too
+            if isinstance(response, list):
+                response = "".join(part["text"] for part in response)
         assert example.response == response
 
 
@@ -524,6 +824,19 @@ READERS = {
         Reader("safetensors", _safetensors_seeds, mutate_safetensors, _read_safetensors),
         Reader("safetensors_index", _index_seeds, mutate_json_file, _read_index),
         Reader("config", _config_seeds, mutate_json_file, _read_config),
+        Reader("saved_config", _saved_config_seeds, mutate_json_file, _read_saved_config),
+        Reader(
+            "adapter_config",
+            lambda: [json.dumps(ADAPTER).encode()],
+            mutate_json_file,
+            _read_adapter_config,
+        ),
+        Reader(
+            "adapter_weights",
+            lambda: [safetensors.numpy.save(_adapter_weights())],
+            mutate_safetensors,
+            _read_adapter_weights,
+        ),
         Reader("gguf", _gguf_seeds, mutate_bytes, _read_gguf),
         Reader("gguf_tokenizer", _gguf_tokenizer_seeds, mutate_bytes, _read_gguf_tokenizer),
         Reader("description", lambda: [_converted()[1]], mutate_json_file, _read_description),
@@ -537,6 +850,13 @@ READERS = {
             _tokenizer_reader("tokenizer_config.json"),
         ),
         Reader(
+            "special_tokens_map",
+            _special_tokens_seeds,
+            mutate_json_file,
+            _tokenizer_reader("special_tokens_map.json"),
+        ),
+        Reader("sentencepiece", _sentencepiece_seeds, mutate_bytes, _read_sentencepiece),
+        Reader(
             "chat_template",
             _template_seeds,
             mutate_text(TEMPLATE_SNIPPETS),
@@ -545,6 +865,12 @@ READERS = {
         Reader("json_list", _json_list_seeds, mutate_json_file, _read_examples),
         Reader("json_lines", _json_lines_seeds, mutate_json_lines, _read_examples),
         Reader("parquet", _parquet_seeds, mutate_bytes, _read_examples),
+        Reader("records", _record_seeds, mutate_json_file, _read_any),
+        Reader("preferences", _preference_seeds, mutate_json_file, _read_preferences),
+        Reader("csv", _csv_seeds, mutate_text(CSV_SNIPPETS), _read_csv),
+        Reader("arrow", _arrow_seeds, mutate_bytes, _read_any),
+        Reader("packed", _packed_seeds, mutate_bytes, _read_any),
+        Reader("saved_set", _state_seeds, mutate_json_file, _read_state),
         Reader("authors", _authors_seeds, mutate_json_lines, _read_authors),
         Reader("study", lambda: [STUDY.encode()], mutate_text(STUDY_SNIPPETS), _read_study),
     )

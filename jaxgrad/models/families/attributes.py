@@ -1,26 +1,32 @@
-"""Strict reading of a config.json: an attribute that is neither read nor neutral is an error.
+"""Strict reading of a config.json: what transformers reads and we do not understand is an error.
 
-The JSON is read directly, because transformers' config classes drop and rename attributes.
+The JSON is read directly, because transformers' config classes drop and rename attributes. `reads` knows
+which attributes transformers reads for a model type. The others cannot change PyTorch's numbers: they are
+collected, so that a run can name them.
 """
 
+import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxgrad.errors import UserError
 
-# Attributes that cannot change a gradient in eval mode: token ids, what a forward pass returns or caches,
-# dropout, initialisation, text generation, provenance.
+# Attributes that transformers reads and that cannot change a gradient in eval mode: token ids, what a
+# forward pass returns or caches, dropout, initialisation, heads of other tasks, provenance; `is_decoder`,
+# because the families are causal anyway. Settings of text generation are in `reads`. A few that only say
+# which tool wrote the file are here, too.
 _IRRELEVANT = """
     torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    tokenizer_class transformers_version initializer_range _name_or_path name_or_path _commit_hash
-    attention_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout classifier_dropout
-    output_attentions output_hidden_states return_dict id2label label2id
-    num_labels task_specific_params _attn_implementation attn_implementation
-    _attn_implementation_autoset _flash_attn_2_enabled model_type transformers.js_config
-    unsloth_fixed unsloth_version max_length max_new_tokens min_length do_sample temperature top_k
-    top_p typical_p num_beams repetition_penalty length_penalty no_repeat_ngram_size
-    num_return_sequences cache_implementation gradient_checkpointing
+    decoder_start_token_id tokenizer_class prefix transformers_version initializer_range
+    _name_or_path name_or_path _commit_hash attention_dropout resid_pdrop embd_pdrop attn_pdrop
+    hidden_dropout classifier_dropout token_classification_bias output_attentions
+    output_hidden_states return_dict use_return_dict id2label label2id num_labels problem_type
+    finetuning_task task_specific_params loss_type _attn_implementation attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal _flash_attn_2_enabled
+    gradient_checkpointing cache_implementation use_bfloat16 tf_legacy_loss xla_device model_type
+    is_decoder
+    transformers.js_config unsloth_fixed unsloth_version
 """
 IRRELEVANT = frozenset(_IRRELEVANT.split())
 
@@ -32,6 +38,27 @@ REFUSED = {
 
 
 MOST = 2**31 - 1  # largest int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which attributes of an object need not be understood.
+
+    Attributes:
+        neutral: attribute -> the value that it may have without being read.
+        irrelevant: names whose values do not matter.
+        counts: the names that transformers reads. The others are ignored. None if any name may count.
+        ropes: kind of rope -> the keys of its object that count; None if any may.
+        aliases: second name -> name.
+        advice: what else a refusal suggests.
+    """
+
+    neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    irrelevant: Collection[str] = IRRELEVANT
+    counts: Collection[str] | None = None
+    ropes: Mapping[str, Collection[str]] | None = None
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    advice: str = ""
 
 
 class _Required:
@@ -48,32 +75,93 @@ class Attributes:
 
     Args:
         values: attribute name -> value.
-        neutral: attribute name -> the value that it may have without being read.
         where: the file, for messages.
+        rules: for what nobody reads.
         label: prefix of the names in messages, such as "rope_scaling.".
-        irrelevant: names whose values do not matter.
     """
 
     def __init__(
-        self,
-        values: Mapping[str, Any],
-        neutral: Mapping[str, Any],
-        where: str,
-        label: str = "",
-        irrelevant: frozenset[str] = IRRELEVANT,
+        self, values: Mapping[str, Any], where: str, rules: Rules = Rules(), label: str = ""
     ) -> None:
-        self._values, self._neutral, self.where, self._label = values, neutral, where, label
-        self._irrelevant = irrelevant
+        self._values, self.where, self.rules, self._label = values, where, rules, label
         self._read: set[str] = set()
         self._problems: list[str] = []
+        self._ignored: list[str] = []
+        for other, name in rules.aliases.items():
+            self._take_alias(other, name)
+
+    @property
+    def ignored(self) -> list[str]:
+        """After `finish`: the names that transformers does not read, parts included."""
+        return self._ignored
 
     def set_defaults(self, values: Mapping[str, Any]) -> None:
         """Set values for attributes that are absent."""
         self._values = {**values, **self._values}
 
+    def limit(self, counts: Collection[str] | None) -> None:
+        """Set the names that count, where they follow from a value."""
+        self.rules = dataclasses.replace(self.rules, counts=counts)
+
+    def agreed(
+        self,
+        name: str,
+        default: float,
+        parts: Sequence["Attributes"] = (),
+        *,
+        inner: str | None = None,
+        optional: bool = False,
+    ) -> float:
+        """The number that an attribute has here or in a part. Given twice, it must agree.
+
+        Args:
+            name: here.
+            default: the value if it is given nowhere.
+            parts: objects that may hold it, too.
+            inner: its name in the parts; None for the same. If it is another name, then that name here only
+                repeats the value: transformers writes it and does not read it.
+            optional: whether null alone means the default. Beside a value it always counts as absent.
+        """
+        inner, found, empty = inner or name, {}, ""
+        for part, one in [(self, name), *((part, inner) for part in parts)]:
+            place = f"{part._label}{one}".removeprefix(self._label)
+            if part.get(one, None) is not None:
+                found[place] = part.number(one)
+            elif part.has(one):
+                empty = place
+        value = next(iter(found.values()), default)
+        if inner != name and self.get(inner, None) is not None:
+            found = (found or {f"the default of {name}": default}) | {inner: self.number(inner)}
+        if len(set(found.values())) > 1:
+            self.contradiction(found)
+        if empty and not found and not optional:
+            self.problem(f"{self._label}{empty} is null, not a positive number")
+        return value
+
+    def _take_alias(self, other: str, name: str) -> None:
+        if other not in self._values:
+            return
+        self._read.add(other)
+        value = self._values[other]
+        if name not in self._values:
+            self._values = {**self._values, name: value}
+        elif self._values[name] != value:
+            self.contradiction({other: value, name: self._values[name]})
+
+    def contradiction(self, values: Mapping[str, Any]) -> None:
+        """Note that values which mean the same differ."""
+        listed = " and ".join(f"{self._label}{n} = {shown(v)}" for n, v in values.items())
+        self.problem(f"{listed} contradict each other (remove the wrong one)")
+
     def has(self, name: str) -> bool:
         """Whether `name` is there, even if its value is null."""
         return name in self._values
+
+    def objects(self) -> list[str]:
+        """The names, as messages have them, of values that are objects."""
+        return [
+            f"{self._label}{n}" for n, value in self._values.items() if isinstance(value, Mapping)
+        ]
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """The value of `name`, or the default if it is absent; absent without a default is a problem."""
@@ -85,15 +173,25 @@ class Attributes:
             return None
         return default
 
-    def count(self, name: str, default: int | _Required = REQUIRED, *, most: int = MOST) -> int:
+    def count(
+        self,
+        name: str,
+        default: int | _Required = REQUIRED,
+        *,
+        least: int = 1,
+        most: int = MOST,
+    ) -> int:
         """A positive integer. With a default, null means the default too."""
         value = self.get(name, default)
         if value is None and not isinstance(default, _Required):
             return default
-        if _is_number(value, int) and 1 <= value <= most:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # some tools write all numbers as floats
+        if _is_number(value, int) and least <= value <= most:
             return value
         bound = "" if most == MOST else f" up to {most}"
-        return self._refuse(name, value, f"a positive whole number{bound}", 1)
+        kind = "a positive whole number" if least else "a whole number from 0"
+        return self._refuse(name, value, kind + bound, 1)
 
     def optional_count(self, name: str, default: int | None) -> int | None:
         """A positive integer or null; the default if absent."""
@@ -130,18 +228,18 @@ class Attributes:
         listed = ", ".join(map(str, choices))
         return self._refuse(name, values, f"a list of {num_layers} of {listed}", None)
 
-    def part(
-        self, name: str, neutral: Mapping[str, Any], irrelevant: frozenset[str]
-    ) -> "Attributes":
+    def part(self, name: str, rules: Rules) -> "Attributes":
         """The attributes of the object under `name`. Pass it to `include` when it is read."""
         value = self.get(name)
         if not isinstance(value, Mapping):
             value = self._refuse(name, value, "an object", {})
-        return Attributes(value, neutral, self.where, f"{self._label}{name}.", irrelevant)
+        return Attributes(value, self.where, rules, f"{self._label}{name}.")
 
     def switch(self, name: str, default: bool | _Required = REQUIRED) -> bool:
-        """True or false."""
+        """True or false. Null is false, as in PyTorch, where false is the default."""
         value = self.get(name, default)
+        if value is None and default is False:
+            return False
         return (
             value if isinstance(value, bool) else self._refuse(name, value, "true or false", False)
         )
@@ -170,10 +268,11 @@ class Attributes:
             self._problems.append(text)
 
     def include(self, part: "Attributes") -> None:
-        """Take over a part's problems, its unread attributes included."""
+        """Take over a part's problems, its unread attributes included, and what is ignored of it."""
         part._check_unread()
         for text in part._problems:
             self.problem(text)
+        self._ignored.extend(name for name in part._ignored if name not in self._ignored)
 
     def finish(self) -> None:
         """Raise one `UserError` for all problems, unread attributes included; nothing if there is none."""
@@ -181,8 +280,8 @@ class Attributes:
         if self._problems:
             raise UserError(
                 f"{self.where}: attributes not understood: {'; '.join(self._problems)}. Refused, "
-                "because the numbers would be another model's: give a model of a supported kind, "
-                "or remove what cannot change its arithmetic"
+                f"because the numbers would be another model's: {self.rules.advice}give a model of a "
+                "supported kind, or remove what cannot change its arithmetic"
             )
 
     def _refuse(self, name: str, value: Any, expected: str, stand_in: Any) -> Any:
@@ -192,15 +291,20 @@ class Attributes:
 
     def _check_unread(self) -> None:
         for name, value in self._values.items():
-            if name in self._read or name in self._irrelevant:
+            if name in self._read or name in self.rules.irrelevant:
                 continue
             text = f"{self._label}{name} = {shown(value)}"
-            if name in REFUSED and value is not None:
-                self.problem(f"{text} ({REFUSED[name]})")
-            elif name not in REFUSED and name not in self._neutral:
+            if name in REFUSED:
+                if value is not None:
+                    self.problem(f"{text} ({REFUSED[name]})")
+            elif name in self.rules.neutral and value == self.rules.neutral[name]:
+                continue
+            elif self.rules.counts is not None and name not in self.rules.counts:
+                self._ignored.append(f"{self._label}{name}")
+            elif name in self.rules.neutral:
+                self.problem(f"{text}; understood: {shown(self.rules.neutral[name])}")
+            else:
                 self.problem(f"{text} is not known")
-            elif name in self._neutral and value != self._neutral[name]:
-                self.problem(f"{text}; understood: {shown(self._neutral[name])}")
 
 
 def _is_number(value: Any, kinds: Any) -> bool:

@@ -53,7 +53,7 @@ class Family:
     Attributes:
         title: the models' common name.
         model_type: the entry in config.json.
-        architecture: the only entry of `architectures` in config.json.
+        architecture: the class in `architectures` of config.json.
         read_fields: attributes -> the fields of `DecoderConfig`.
         keys: parameter ("layers.attention.q.weight") -> the checkpoint weight that holds it.
         derived: names, with "{layer}", of buffers that old checkpoints hold and the config implies.
@@ -69,6 +69,15 @@ class Family:
     derived: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+
+    @property
+    def headless(self) -> tuple[str, ...]:
+        """Ends of the names of the classes that are this decoder without its head."""
+        for end in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
+            if self.architecture.endswith(end):
+                stem = self.architecture.removesuffix(end)
+                return (f"{stem}Model", f"{stem}TextModel")
+        return ()
 
     def canonical(self, name: str) -> str | None:
         """A weight's name as `keys` has it; None for a weight outside the text decoder."""

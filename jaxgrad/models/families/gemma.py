@@ -3,10 +3,8 @@
 import math
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from jaxgrad.models.config import AttentionKind
-from jaxgrad.models.families.attributes import IRRELEVANT, Attributes
+from jaxgrad.models.families.attributes import Attributes
 from jaxgrad.models.families.common import (
     NORMS_BOTH,
     ROTARY_BUFFERS,
@@ -17,6 +15,7 @@ from jaxgrad.models.families.common import (
     read_windows,
 )
 from jaxgrad.models.families.family import Family
+from jaxgrad.models.families.reads import rules_for
 from jaxgrad.models.families.rope import read_local_and_global_rope, read_rope
 
 # transformers' defaults that multimodal checkpoints leave out of their text_config.
@@ -50,12 +49,10 @@ def read_gemma(attributes: Attributes) -> dict[str, Any]:
 
 def read_gemma2(attributes: Attributes) -> dict[str, Any]:
     """Gemma 2: norms before and after, soft caps, a window in every other layer, query scale."""
-    attributes.get("hidden_act", None)  # in the files, but not read by transformers
     fields = _read_shared(attributes, 4, "hidden_activation")
     fields |= _read_caps(attributes, 50.0, 30.0)
     num_layers = fields["num_layers"]
     window = attributes.optional_count("sliding_window", 4096)
-    attributes.require("sliding_window_size", window)
     slides = [layer % 2 == 0 for layer in range(num_layers)]
     windows = read_windows(attributes, num_layers, window, slides)
     rope = read_rope(attributes, max_positions=fields["max_positions"])
@@ -97,13 +94,20 @@ def _read_caps(
 def read_gemma3(attributes: Attributes) -> dict[str, Any]:
     """The text decoder of a multimodal Gemma 3."""
     outer = ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
-    for name in (*outer, "vision_config", "tie_word_embeddings"):
+    for name in (*outer, "vision_config"):
         attributes.get(name, None)
-    neutral = CONFIG_MAPPING["gemma3_text"]().to_dict()
-    text = attributes.part("text_config", neutral, IRRELEVANT)
+    text = attributes.part(
+        "text_config", rules_for("gemma3_text", attributes.get("transformers_version", None))
+    )
     text.set_defaults(GEMMA3_DEFAULTS)
     fields = read_gemma3_text(text)
     attributes.include(text)
+    # Since transformers 5 the outer one counts, before it the text's.
+    tied, outer_tied = fields["tied_embeddings"], attributes.switch("tie_word_embeddings", True)
+    if tied != outer_tied:
+        attributes.contradiction(
+            {"tie_word_embeddings": outer_tied, "text_config.tie_word_embeddings": tied}
+        )
     return fields
 
 

@@ -21,11 +21,9 @@ GPT_FIELDS: dict[str, Any] = {"norm": "layer", "gated_mlp": False, "mlp_bias": T
 
 def read_gpt_neox(attributes: Attributes) -> dict[str, Any]:
     """GPT-NeoX: attention and MLP in parallel, a quarter of each head rotated."""
-    attributes.get("is_decoder", None)  # it is causal anyway
     width = attributes.count("hidden_size")
     num_heads = attributes.count("num_attention_heads")
     check_heads(attributes, width, num_heads)
-    attributes.require("num_key_value_heads", num_heads)
     fields = GPT_FIELDS | {
         "width": width,
         "num_heads": num_heads,
@@ -47,6 +45,7 @@ def read_gpt_neox(attributes: Attributes) -> dict[str, Any]:
         theta_name="rotary_emb_base",
         fraction=0.25,
         fraction_name="rotary_pct",
+        is_partial=True,
     )
     return fields | by_layer([AttentionKind(rope)] * fields["num_layers"])
 
@@ -60,8 +59,6 @@ def read_gpt2(attributes: Attributes) -> dict[str, Any]:
     num_heads = attributes.count("n_head")
     check_heads(attributes, width, num_heads)
     max_positions = attributes.count("n_positions")
-    # Size of the causal-mask buffer in old files.
-    attributes.require("n_ctx", max_positions)
     fields = GPT_FIELDS | {
         "width": width,
         "num_heads": num_heads,
@@ -90,9 +87,8 @@ GPT2_IRRELEVANT = (
     "summary_activation",
     "summary_proj_to_labels",
     "summary_first_dropout",
+    "summary_last_dropout",
     "reorder_and_upcast_attn",
-    "n_special",
-    "predict_special_tokens",
 )
 
 

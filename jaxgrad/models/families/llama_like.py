@@ -38,9 +38,6 @@ def read_llama(attributes: Attributes) -> dict[str, Any]:
     """Llama 2, 3, 3.1, 3.2 and other models of the class LlamaForCausalLM (SmolLM2)."""
     # Slices of products in tensor-parallel training; their sum is the plain product.
     attributes.require("pretraining_tp", 1)
-    # In SmolLM2's files, written by nanotron. False is the usual half-rotation.
-    attributes.require("rope_interleaved", False)
-    attributes.require("is_llama_config", True)
     fields = read_sizes(attributes) | read_attention_bias(attributes)
     fields["mlp_bias"] = attributes.switch("mlp_bias", False)
     return fields | _one_kind(attributes, fields)
@@ -67,13 +64,9 @@ def read_qwen3(attributes: Attributes) -> dict[str, Any]:
 
 
 def _qwen_kinds(attributes: Attributes, fields: dict[str, Any]) -> dict[str, Any]:
-    attributes.require("use_mrope", False)
     num_layers = fields["num_layers"]
     window = _switched_window(attributes, 4096)
-    first = attributes.get("max_window_layers", 28)
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        attributes.problem(f"max_window_layers is {first!r}, not a whole number")
-        first = 0
+    first = attributes.count("max_window_layers", 28, least=0)
     slides = [window is not None and layer >= first for layer in range(num_layers)]
     windows = read_windows(attributes, num_layers, window, slides)
     rope = read_rope(attributes, max_positions=fields["max_positions"])
@@ -85,15 +78,14 @@ def read_phi3(attributes: Attributes) -> dict[str, Any]:
     code = attributes.get("auto_map", None)
     if code is not None and not _is_phi3_code(code):
         attributes.problem(f"auto_map = {code!r} (the model brings code of its own, never run)")
-    for name, neutral in PHI3_NEUTRAL.items():
+    for name, neutral in PHI3_NEUTRAL.items() if code is not None else ():
         attributes.require(name, neutral)
     fields = read_sizes(attributes)
-    attributes.get("original_max_position_embeddings", None)  # only LongRoPE reads it
     window = attributes.optional_count("sliding_window", None)
-    return fields | _one_kind(attributes, fields, window, fraction_name="partial_rotary_factor")
+    return fields | _one_kind(attributes, fields, window, is_partial=True)
 
 
-# Microsoft's own attributes, at these values in all its published models.
+# Read by Microsoft's own code only, and at these values in all its published models.
 PHI3_NEUTRAL = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -120,8 +112,6 @@ def read_olmo2(attributes: Attributes) -> dict[str, Any]:
 
 def read_smollm3(attributes: Attributes) -> dict[str, Any]:
     """SmolLM3: every fourth layer has no rope."""
-    attributes.get("pretraining_tp", 1)  # as for Llama; the published file says 2
-    attributes.get("max_window_layers", None)  # a leftover from Qwen2
     fields = read_sizes(attributes, kv_heads=4, tied=True) | read_attention_bias(attributes)
     fields["mlp_bias"] = attributes.switch("mlp_bias", False)
     num_layers = fields["num_layers"]
