@@ -99,7 +99,9 @@ _KINDS = {
 
 KINDS = tuple(_KINDS)
 WITH_TOOLS = tuple(kind for kind in KINDS if "tool_calls" in _KINDS[kind])
-_SPECIAL = re.compile(r"<\|[^' ]+?\|>|</?s>|<bos>|<(?:start|end)_of_turn>|</?(?:think|tool_call)>|\[/?[A-Z_]+\]")
+_SPECIAL = re.compile(
+    r"<\|[^' ]+?\|>|</?s>|<bos>|<(?:start|end)_of_turn>|</?(?:think|tool_call)>|\[/?[A-Z_]+\]"
+)
 
 
 def plain(kind: str) -> str:

@@ -351,6 +351,8 @@ def test_null_is_no_value_where_transformers_takes_it_so():
     assert meaning(absent | nothing) == meaning(absent)
     assert meaning(absent | {"attention_bias": None}) == meaning(absent | {"attention_bias": False})
     assert "rope_theta is null, not a positive number" in refusal(raw | {"rope_theta": None})
+    inside = {"rope_theta": 10000.0, "partial_rotary_factor": None}
+    assert "partial_rotary_factor is null" in refusal(raw | {"rope_parameters": inside})
     assert "hidden_size is null" in refusal(raw | {"hidden_size": None})
     assert "use_parallel_residual is null" in refusal(NEOX | {"use_parallel_residual": None})
 

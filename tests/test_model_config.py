@@ -142,7 +142,7 @@ def test_all_spellings_of_a_rope_are_one():
     [
         (
             {"rope_parameters": {"rope_theta": 700.0}},
-            ["rope_theta = 500.0 and rope_parameters.rope_theta = 700.0 contradict each other"],
+            ["rope_parameters.rope_theta = 700.0 and rope_theta = 500.0 contradict each other"],
         ),
         (
             {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxgrad.data.chat_template import as_turn
 from jaxgrad.data.examples import Fields, GivenTokens, Message
 from jaxgrad.data.read import read_examples
 from jaxgrad.data.records import KINDS
@@ -83,7 +84,7 @@ def test_sharegpt(one):
     assert example.messages == (
         SYSTEM,
         USER,
-        Message("assistant", "", {"tool_calls": [CALL]}),
+        Message("assistant", "", {"tool_calls": [CALL], "content": None}),
         Message("tool", "1"),
     )
     assert (example.response, example.reply) == ("a", None)
@@ -236,7 +237,7 @@ def test_what_else_a_turn_holds_stays_with_it(one):
     assert example.messages == (
         Message("developer", "s", {"name": "boss"}),
         USER,
-        Message("assistant", "", {"tool_calls": [CALL]}),
+        Message("assistant", "", {"tool_calls": [CALL], "content": None}),
         Message("tool", "1", {"tool_call_id": "c"}),
     )
     assert example.reply == Message("assistant", "a", {"reasoning_content": "why"})
@@ -249,7 +250,8 @@ def test_what_else_a_turn_holds_stays_with_it(one):
 def test_the_last_turn_may_be_a_call(one, content):
     example = one({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [CALL]} | content]})
     assert example.response == ""
-    assert example.reply == Message("assistant", "", {"tool_calls": [CALL]})
+    null = {} if content.get("content") == "" else {"content": None}  # a template may tell them apart
+    assert example.reply == Message("assistant", "", {"tool_calls": [CALL]} | null)
 
 
 def test_texts_in_parts_are_put_together(one):
@@ -429,7 +431,8 @@ def test_the_shared_cases_keep_all_that_a_template_can_print():
             (example,) = read_examples(path).examples
             reply = example.reply or Message("assistant", example.response)
             for turn, kept in zip(record["messages"], (*example.messages, reply), strict=True):
-                rest = {k: v for k, v in turn.items() if k not in ("role", "content")}
+                known = ("role",) if turn["content"] is None else ("role", "content")
+                rest = {k: v for k, v in turn.items() if k not in known}
                 assert kept == Message(turn["role"], turn["content"] or "", rest)
     (record,) = json.loads((root / "tools_column" / "d.json").read_text("utf-8"))
     (example,) = read_examples(root / "tools_column" / "d.json").examples
@@ -448,3 +451,25 @@ def test_the_page_shows_a_record_of_every_kind(read):
             json.loads(rows[kind.name]), response="chosen" if kind.name == "preference" else None
         )
         assert data.kind.startswith(kind.title)
+
+
+# What results keep of a reply
+
+
+def test_results_keep_all_of_a_reply(one):
+    """Two tool calls that differ are not the same empty text."""
+    asked = {"role": "user", "content": "q"}
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    kept = one({"messages": [asked, call]}).reply_text
+    assert json.loads(kept) == {"tool_calls": [CALL]}
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    kept = one({"messages": [asked, thought]}).reply_text
+    assert kept == 'a\n{"reasoning_content": "hm"}'
+    assert one({"messages": TURNS}).reply_text == "a"
+
+
+def test_null_content_is_an_absent_key_for_the_template(one):
+    """transformers hands no null to a template; "" would be another thing to some."""
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    example = one({"messages": [{"role": "user", "content": "q"}, call]})
+    assert as_turn(example.reply) == {"role": "assistant", "tool_calls": [CALL]}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxgrad.data.examples import Fields
 from jaxgrad.data.read import read_examples
 from jaxgrad.errors import OutputError, UserError
 from jaxgrad.options import AnalyzeOptions
@@ -97,6 +98,19 @@ def test_a_run_of_the_first_kinds_keeps_its_identity(tmp_path):
     for one, other in ((today, as_text), (as_text, today)):
         with pytest.raises(OutputError, match=r"data\.kind is"):
             layout.refuse_other_run(storage, one, other, partial=True)
+
+
+def test_a_run_by_other_fields_is_another_run(tmp_path):
+    """The file's bytes are the same, and a finished run is recognized before anything is tokenized."""
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps([{"instruction": "q", "output": "a", "answer": "b"}]))
+    storage = open_storage(tmp_path / "out")
+    usual = identity_of(read_examples(path), tmp_path)
+    other = identity_of(read_examples(path, fields=Fields(output="answer")), tmp_path)
+    layout.refuse_other_run(storage, other, other, partial=True)
+    for one, two in ((usual, other), (other, usual)):
+        with pytest.raises(OutputError, match=r"data\.fields is .*instruction, input, answer"):
+            layout.refuse_other_run(storage, one, two, partial=True)
 
 
 def test_runs_of_several_sets_have_directories_of_their_own(tmp_path):

@@ -3,6 +3,7 @@
 `data.read` makes examples of a file's records; `data.tokens` makes tokens of them.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,16 @@ class Example:
     template_values: Mapping[str, Any] = field(default_factory=dict)
     given: GivenTokens | None = None
     joint: str = "\n"
+
+    @property
+    def reply_text(self) -> str:
+        """The response as results keep it: its text, and as JSON what else the reply has (tool calls)."""
+        more = {} if self.reply is None else self.reply.more
+        rest = {name: value for name, value in more.items() if value is not None}
+        if not rest:
+            return self.response
+        told = json.dumps(rest, ensure_ascii=False, default=repr)
+        return f"{self.response}\n{told}" if self.response else told
 
     @property
     def instruction(self) -> str:

@@ -67,13 +67,15 @@ def read_turn(turn: Any, where: str) -> Message:
     if text in rest:
         content = _text(rest.pop(text), f"{where}: {text!r}")
     elif any(rest.get(name) for name in _INSTEAD_OF_TEXT):
-        content = ""
+        # A template may tell null from "": null is handed on as an absent key, as in transformers.
+        content, rest["content"] = "", None
     elif text in turn:
         raise UserError(f"{where}: {text!r} is null, not a string; write it as text in quotes")
     else:
         raise _lacks(text, turn, where)
     if is_sharegpt and given == "function_call":
-        rest["tool_calls"], content = _calls(content, where), ""
+        rest |= {"tool_calls": _calls(content, where), "content": None}
+        content = ""
     elif "tool_calls" in rest:
         rest["tool_calls"] = from_json_text(rest["tool_calls"], "[")
     return Message(role, content, rest)

@@ -8,6 +8,7 @@ A whole file is parsed, so that a broken one is always found. Records are checke
 is measured.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -56,7 +57,7 @@ class DataSet:
         kind: What the records are, in words.
         notes: What the user should know of them, a line each.
         choice: What was chosen of the records beyond their file: which kind, if it is not one of the two
-            that were always recognized, and which response. Part of a run's identity.
+            that were always recognized; which response; fields of other names. Part of a run's identity.
     """
 
     path: Path | str
@@ -170,6 +171,8 @@ class _Reader:
             self.choice["kind"] = kinds[0].name
         if self._response is not None:
             self.choice["response"] = self._response
+        if self._fields != Fields():
+            self.choice["fields"] = ", ".join(dataclasses.astuple(self._fields))
         self._kinds.update(kinds)
         pairs = zip(records, kinds, strict=True)
         return tuple(self._example(i, record, kind) for i, (record, kind) in enumerate(pairs))

@@ -161,6 +161,6 @@ def _result(
         status=status,  # type: ignore[arg-type]
         reason=reason,
         instruction=item.example.instruction,
-        response=item.example.response,
+        response=item.example.reply_text,
         matrices=matrices,
     )

@@ -184,6 +184,6 @@ def _result(
         status=status,
         reason=reason,
         instruction=example.instruction,
-        response=example.response,
+        response=example.reply_text,
         matrices=matrices,
     )

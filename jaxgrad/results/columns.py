@@ -112,7 +112,12 @@ EXAMPLES = (
     ),
     Column("reason", pa.string(), "", "why the status is not ok", null_when="it is ok"),
     Column("instruction", pa.string(), "", "the prompt's text, with the record's input appended"),
-    Column("response", pa.string(), "", "the response's text"),
+    Column(
+        "response",
+        pa.string(),
+        "",
+        "the response's text; behind it, as JSON, what else the last turn has",
+    ),
 )
 
 ADDRESS = (

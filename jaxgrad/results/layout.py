@@ -273,7 +273,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _with_all_options(identity: dict[str, Any]) -> dict[str, Any]:
     if "sha256" in identity.get("data", {}):
         # A run of records that were always recognized says nothing of their kind.
-        usual = {"kind": "recognized", "response": "the only one"}
+        usual = {"kind": "recognized", "response": "the only one", "fields": "of the usual names"}
         identity = identity | {"data": usual | identity["data"]}
     if "options" not in identity:
         return identity

@@ -136,7 +136,7 @@ def plan_run(
     windows = _plan_windows(tokenized, options, rows)
     shapes = count_shapes(batch for window in windows for batch in window.batches)
     sizes_on_disk = [
-        (item.num_tokens, len(item.example.instruction) + len(item.example.response))
+        (item.num_tokens, len(item.example.instruction) + len(item.example.reply_text))
         for item in tokenized
         if item.measurable
     ]

@@ -95,9 +95,17 @@ def _opening(plan: RunPlan, data_path: str | Path, behind_matrices: str = "") ->
         f"{plan.model_name} ({millions:.1f}M, {options.dtype}, {jax.default_backend()}) on {data_path}: "
         f"{len(plan.measurable)} of {len(plan.tokenized)} examples, {plan.num_matrices} matrices each"
         f"{behind_matrices}, protocol {options.protocol}, "
-        f"{'chat template' if plan.uses_chat else 'plain text'}"
+        f"{_form_of(plan)}"
         f"{', all turns' if options.turns == 'all' else ''}, at most {options.max_length} tokens"
     )
+
+
+def _form_of(plan: RunPlan) -> str:
+    examples = [item.example for item in plan.tokenized]
+    if examples and all(example.given for example in examples):
+        return "tokens as given"
+    # A text without a conversation is not rendered.
+    return "chat template" if plan.uses_chat and any(e.messages for e in examples) else "plain text"
 
 
 def note_lines(plan: RunPlan) -> list[str]:

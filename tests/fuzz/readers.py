@@ -325,7 +325,7 @@ def _read_saved_config(data: bytes, folder: Path) -> None:
     rope = getattr(theirs, "rope_parameters", None)
     for kind in config.kinds:
         if kind.rope is not None and rope and "full_attention" not in rope:
-            assert kind.rope.theta == rope["rope_theta"]
+            assert kind.rope.theta == float(rope["rope_theta"])
             assert kind.rope.rotated_fraction == (rope.get("partial_rotary_factor") or 1.0)
             assert kind.rope.kind == {"su": "longrope"}.get(rope["rope_type"], rope["rope_type"])
 

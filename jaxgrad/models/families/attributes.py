@@ -120,22 +120,21 @@ class Attributes:
             parts: objects that may hold it, too.
             inner: its name in the parts; None for the same. If it is another name, then that name here only
                 repeats the value: transformers writes it and does not read it.
-            optional: whether null alone means the default. Beside a value it always counts as absent.
+            optional: whether null here means the default. Null counts as absent beside a value in a part.
         """
-        inner, found, empty = inner or name, {}, ""
-        for part, one in [(self, name), *((part, inner) for part in parts)]:
-            place = f"{part._label}{one}".removeprefix(self._label)
-            if part.get(one, None) is not None:
-                found[place] = part.number(one)
-            elif part.has(one):
-                empty = place
+        inner, found = inner or name, {}
+        for part in parts:
+            if part.has(inner):
+                found[f"{part._label}{inner}".removeprefix(self._label)] = part.number(inner)
+        is_null = self.has(name) and self.get(name, None) is None
+        if self.get(name, None) is not None or (is_null and not found and not optional):
+            found[name] = self.number(name)
         value = next(iter(found.values()), default)
         if inner != name and self.get(inner, None) is not None:
-            found = (found or {f"the default of {name}": default}) | {inner: self.number(inner)}
+            found = found or {f"the default of {name}": value}
+            found[inner] = self.number(inner)
         if len(set(found.values())) > 1:
             self.contradiction(found)
-        if empty and not found and not optional:
-            self.problem(f"{self._label}{empty} is null, not a positive number")
         return value
 
     def _take_alias(self, other: str, name: str) -> None:

@@ -1,7 +1,7 @@
 """What transformers reads of a config.json, by model type: from the checked-in list and what is installed.
 
-`docs/config_reads.py` makes the list from several versions of transformers. An installed version that is
-not among them is searched when it is needed.
+`docs/config_reads.py` makes the list from several versions of transformers. The installed one is searched
+if it is not among them, or if the list lacks the model type.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def reads_of(model_type: str) -> Reads:
     """What transformers reads for a model type of `FAMILIES`."""
     listed = json.loads(FILE.read_text("utf-8"))
     parts, version = [listed], transformers.__version__
-    if version not in listed["versions"]:
+    if version not in listed["versions"] or model_type not in listed["model_types"]:
         found = read_source(Path(transformers.__file__).parent, model_type)
         if found is not None:
             parts.append(merge_reads({version: {model_type: found}}))
