@@ -250,7 +250,9 @@ def test_what_else_a_turn_holds_stays_with_it(one):
 def test_the_last_turn_may_be_a_call(one, content):
     example = one({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [CALL]} | content]})
     assert example.response == ""
-    null = {} if content.get("content") == "" else {"content": None}  # a template may tell them apart
+    null = (
+        {} if content.get("content") == "" else {"content": None}
+    )  # a template may tell them apart
     assert example.reply == Message("assistant", "", {"tool_calls": [CALL]} | null)
 
 
