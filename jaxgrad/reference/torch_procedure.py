@@ -61,7 +61,7 @@ def measure_in_torch(
     Raises:
         UserError: an example cannot be encoded.
     """
-    options = options.fitted_to(model.config.max_position_embeddings)
+    options = options.fitted_to(model.config.get_text_config().max_position_embeddings)
     weights = differentiate_by(model, options.parameters)
     for example in examples:
         encoding = encode_example(example, tokenizer, options)
