@@ -1,4 +1,4 @@
-"""300 batches of mixed lengths through all projections, in a process of its own (see test_soak.py).
+"""Batches of mixed lengths through all projections, in a process of its own (see test_soak.py).
 
 Usage: soak.py [number of batches]
 """

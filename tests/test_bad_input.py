@@ -268,7 +268,8 @@ def test_a_message_of_any_length_is_cut_in_its_middle(tmp_path, model):
     data = write_json(tmp_path / "data.json", [{"k" * 10**6: "a"}])
     message = refusal(data, model, tmp_path / "out")
     assert len(message) < 4000 and message.startswith(f"{data}: record 0 has no field")
-    assert " [...] " in message and message.endswith("--instruction_field")
+    assert " [...] " in message and message.endswith("{input_ids, labels}, {text}")
+    assert "name the one that holds it with --instruction_field" in message
 
 
 def test_a_tokenizer_whose_library_gives_up_is_refused(tmp_path, data, monkeypatch):

@@ -23,6 +23,7 @@ from gguf_files import CASES, Q8_0, Case
 from jaxgrad.checkpoints.fill import fill_decoder
 from jaxgrad.checkpoints.gguf_families import GGUF_FAMILIES, config_from_metadata
 from jaxgrad.checkpoints.gguf_source import GgufFile
+from jaxgrad.checkpoints.key_table import CanonicalSource
 from jaxgrad.checkpoints.sources import SafetensorsDirectory, read_model_config
 from jaxgrad.errors import UserError
 from jaxgrad.models.families import read_config
@@ -87,7 +88,7 @@ def test_the_decoder_is_that_of_the_directory(file_and_model, tmp_path):
     # Numbers in the file are float32.
     assert config.norm_epsilon == pytest.approx(same_config.norm_epsilon, rel=1e-6)
     assert config == dataclasses.replace(same_config, norm_epsilon=config.norm_epsilon)
-    directory = SafetensorsDirectory(tmp_path)
+    directory = CanonicalSource(SafetensorsDirectory(tmp_path), family, config)
     states = [fill_decoder(config, family, source, np.float32)[1] for source in (file, directory)]
     for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
         assert ours.tobytes() == theirs.tobytes()

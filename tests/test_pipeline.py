@@ -260,7 +260,11 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+# SIGTERM has a file of its own, test_stopping.
+SLOW_SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, SLOW_SIGTERM])
 def test_killed_in_the_middle_and_started_again(model_dir, tmp_path, how, interruptible):
     data_path = tmp_path / "data.json"
     data_path.write_text(json.dumps(records(250)))

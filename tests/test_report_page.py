@@ -350,6 +350,7 @@ def test_without_a_decompressor_the_page_says_so_and_keeps_its_tables(browser, s
         browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
+@pytest.mark.slow
 def test_ten_models_and_nine_data_sets_open_in_under_three_seconds(chromium, folder):
     study = large_study()
     size = write_page(study, [TABLE], FINDINGS, folder / "large.html")
