@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxgrad.data.chat_template import REASONING_FIELDS
 from jaxgrad.data.examples import ROLES, Message
 from jaxgrad.data.formats import kind_of
 from jaxgrad.errors import UserError
@@ -26,7 +27,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 # A turn with one of these may have no content.
-_INSTEAD_OF_TEXT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_INSTEAD_OF_TEXT = ("tool_calls", "function_call", *REASONING_FIELDS)
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 

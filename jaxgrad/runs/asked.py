@@ -87,15 +87,16 @@ def ask_run(
         OutputError: the directory cannot be written or holds another run.
     """
     options = with_recorded_choices(options, output_dir)
-    identity = asked_identity(options, start, limit)
-    identity["data"] |= {"sha256": data.sha256, **data.choice}
+    identity = asked_identity(options, start, limit, data)
     RunDirectory.check_compatible(output_dir, identity)
     RunDirectory.probe(output_dir)
     return AskedRun(data, output_dir, options, identity)
 
 
-def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> dict[str, Any]:
-    """What of a run's identity follows from its flags alone.
+def asked_identity(
+    options: AnalyzeOptions, start: int, limit: int | None, data: DataSet | None = None
+) -> dict[str, Any]:
+    """What of a run's identity follows from its flags and its data, None where these are not there.
 
     Excludes options chosen from free memory, of which a run that is there keeps its own, and a
     `max_length` that the model decides.
@@ -107,7 +108,10 @@ def asked_identity(options: AnalyzeOptions, start: int, limit: int | None) -> di
         del asked["layerwise"]
     if options.max_length is None:
         del asked["max_length"]
-    return {"data": {"start": start, "limit": limit}, "options": asked, "window": plan.WINDOW}
+    records: dict[str, Any] = {"start": start, "limit": limit}
+    if data is not None:
+        records |= {"sha256": data.sha256, **data.choice}
+    return {"data": records, "options": asked, "window": plan.WINDOW}
 
 
 def finished_before(output_dir: str | Path, checkpoint: Checkpoint) -> dict[str, Any] | None:

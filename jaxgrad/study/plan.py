@@ -141,9 +141,7 @@ def plan_study(config: StudyConfig, output_dir: str | Path) -> StudyPlan:
         options = dataclasses.replace(options, date=run_date)
         data = None if isinstance(found, str) else found
         reason = found if isinstance(found, str) else None
-        asked = asked_identity(options, config.start, config.limit)
-        if data is not None:
-            asked["data"] |= {"sha256": data.sha256, **data.choice}
+        asked = asked_identity(options, config.start, config.limit, data)
         try:
             RunDirectory.check_compatible(directory, asked)
             run = load_run(directory)
