@@ -12,10 +12,17 @@ from typing import Literal
 from jaxgrad.checkpoints import LoadedModel
 from jaxgrad.data.examples import Example, Fields
 from jaxgrad.data.read import AUTO, read_examples
+from jaxgrad.errors import UserError
 from jaxgrad.measure.programs import Programs
 from jaxgrad.measure.rows import skipped_result
 from jaxgrad.measure.stream import measured
-from jaxgrad.models.sharding import ONE_DEVICE, make_mesh, parse_mesh, shape_of
+from jaxgrad.models.sharding import (
+    ONE_DEVICE,
+    make_mesh,
+    parse_mesh,
+    shape_of,
+    spans_processes,
+)
 from jaxgrad.options import AnalyzeOptions, ModelOptions
 from jaxgrad.processes.group import ALONE, Group
 from jaxgrad.results import ExampleResult, iter_results, write_authors_jsonl
@@ -112,6 +119,7 @@ def run_analysis(
         output_format: "jsonl" also writes the authors' JSONL (which needs the extremes, so measures
             them), next to the Parquet that makes the run resumable.
         mesh: "DxM" (examples over D devices, weights over M), or "auto" (see `runs.plan.settle_mesh`).
+            One that this process's devices are too few for spans the processes of the group.
             A run may be continued on another one: its numbers are those up to rounding.
         model_options: an adapter's base, and a hub id's revision.
         say: takes the lines for the user.
@@ -126,7 +134,14 @@ def run_analysis(
     if output_format == "jsonl":
         refuse_other_loss(options.loss)
         options = dataclasses.replace(options, extremes=True)
-    make_mesh(parse_mesh(mesh) or ONE_DEVICE)  # too few devices are found before the data are read
+    # Too few devices are found before the data are read.
+    devices = make_mesh(parse_mesh(mesh) or ONE_DEVICE)
+    if spans_processes(devices) and group.num_processes == 1:
+        raise UserError(
+            f"--mesh={mesh} spans the processes of jax.distributed, which must agree on each batch: join "
+            "them by jaxgrad.processes.group.join and give what it returns as `group`, or give a mesh that "
+            "fits one process"
+        )
     directories = run_directories(data_paths, output_dir)
     exchange = group.begin_run()
     if not group.leads:

@@ -46,9 +46,19 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """The environment of the processes, which share a cache of compiled programs."""
+def environment(folder: Path, devices: int = 1) -> dict[str, str]:
+    """The environment of the processes, which share a cache of compiled programs.
+
+    Args:
+        folder: has the cache.
+        devices: CPU devices of each process. They share few cores, so one may wait long for the others.
+    """
     jax = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    if devices > 1:
+        jax["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={devices} "
+            "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+        )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "TPU_"))}
@@ -68,7 +78,14 @@ class Processes:
     """Processes that share a run, started as on several hosts."""
 
     def __init__(
-        self, folder: Path, output_dir: Path, count: int, *, timeout: int = 5, flags: tuple = ()
+        self,
+        folder: Path,
+        output_dir: Path,
+        count: int,
+        *,
+        timeout: int = 5,
+        flags: tuple = (),
+        devices: int = 1,
     ) -> None:
         self.count = count
         command = [sys.executable, str(ANALYZE), f"--model_path={folder / 'model'}"]
@@ -82,7 +99,7 @@ class Processes:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=environment(folder),
+                env=environment(folder, devices),
             )
             for k in range(count)
         ]

@@ -1,9 +1,12 @@
-"""Eight CPU devices in one process: every mesh compared with one device. Not a test itself.
+"""Eight CPU devices, in one process or two: every mesh compared with one device. Not a test itself.
 
 `python sharded_runs.py compare MODELS MESHES OPTIONS` (each a list with commas) prints one line of JSON:
 for every combination the largest relative difference of each statistic. `python sharded_runs.py load DIR`
 loads the models in DIR to their shards and moves a run from mesh to mesh. `test_sharding.py` runs it,
 because the number of devices is settled before JAX is imported.
+
+With JAXGRAD_TEST_PROCESS=K:HOST:PORT in the environment it is process K of two with four devices each, and
+`share DIR` loads the models in DIR over both.
 """
 
 import contextlib
@@ -16,7 +19,8 @@ from pathlib import Path
 if __name__ == "__main__":
     # Eight devices may share two cores, so a device's thread may wait long for the others.
     os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 "
+        "--xla_force_host_platform_device_count="
+        f"{4 if 'JAXGRAD_TEST_PROCESS' in os.environ else 8} "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
 
@@ -25,6 +29,8 @@ import numpy as np
 
 import jaxgrad
 from jaxgrad import UserError
+from jaxgrad.checkpoints import open_checkpoint
+from jaxgrad.checkpoints.sources import SafetensorsFiles
 from jaxgrad.data.batches import BatchShape, ExampleArrays
 from jaxgrad.gradients.selection import select_parameters
 from jaxgrad.measure.on_mesh import measure_batch_on
@@ -33,6 +39,7 @@ from jaxgrad.models.decoder import abstract_decoder, named_parameters, with_para
 from jaxgrad.models.families import read_config
 from jaxgrad.models.sharding import MeshShape, make_mesh, parameter_shardings, parse_mesh
 from jaxgrad.options import MeasureSettings
+from jaxgrad.processes.group import join
 from jaxgrad.runs import windows
 from jaxgrad.spectra import FINITE_FLAGS
 
@@ -165,9 +172,15 @@ def random_batch(config):
 def random_state(config, mesh):
     arrays = random_weights(config)
     shardings = {} if mesh is None else parameter_shardings(config, arrays, mesh)
+
+    def placed(name, array):
+        if mesh is None or not mesh.is_multi_process:
+            return jax.device_put(array, shardings.get(name))
+        return jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
+
     return with_parameters(
         abstract_decoder(config, np.float32)[1],
-        {name: jax.device_put(array, shardings.get(name)) for name, array in arrays.items()},
+        {name: placed(name, array) for name, array in arrays.items()},
     )
 
 
@@ -269,6 +282,35 @@ def load(directory):
     return found | moved(directory)
 
 
+def share(directory, exchange):
+    """A model loaded over two processes: what each holds and reads of it, compared with one device."""
+    found, original, num_read = {}, SafetensorsFiles._take, 0
+
+    def counted(self, *arguments):
+        nonlocal num_read
+        values = original(self, *arguments)
+        num_read += values.nbytes
+        return values
+
+    SafetensorsFiles._take = counted
+    for source in ("source", "saved"):
+        checkpoint = open_checkpoint(str(directory / source))
+        num_read = 0
+        whole = checkpoint.load()
+        read_whole, num_read = num_read, 0
+        split = checkpoint.load(mesh=make_mesh(MeshShape(1, 8)), exchange=exchange)
+        assert whole.fingerprint == split.fingerprint
+        expected, held = named_parameters(whole.state), 0
+        for name, array in named_parameters(split.state).items():
+            assert not array.is_fully_addressable and len(array.addressable_shards) == 4
+            for shard in array.addressable_shards:
+                assert np.array_equal(shard.data, np.asarray(expected[name])[shard.index]), name
+            held += sum({str(s.index): s.data.nbytes for s in array.addressable_shards}.values())
+        found[source] = {"held": held, "whole": whole.weight_bytes}
+        found[source] |= {"read": num_read, "read_whole": read_whole}
+    return found
+
+
 def work_spaces(config):
     """XLA's reported memory for three examples on one device, and for 24 on eight."""
     settings = MeasureSettings(select_parameters(config, "q_proj"))
@@ -340,10 +382,24 @@ def moved(directory):
 
 def main(command, *arguments):
     """One line of JSON."""
+    told = os.environ.get("JAXGRAD_TEST_PROCESS")
+    if told is None:
+        print(json.dumps(commanded(command, arguments, None)))
+        return
+    process, where = told.split(":", 1)
+    with join(where, 2, int(process), timeout=20) as group:
+        exchange = group.begin_run()
+        print(json.dumps(commanded(command, arguments, exchange)), flush=True)
+        exchange.wait_for_all()
+    os._exit(0)  # JAX's threads may be at work
+
+
+def commanded(command, arguments, exchange):
     if command == "load":
-        print(json.dumps(load(Path(*arguments))))
-    else:
-        print(json.dumps(compare(*(argument.split(",") for argument in arguments))))
+        return load(Path(*arguments))
+    if command == "share":
+        return share(Path(*arguments), exchange)
+    return compare(*(argument.split(",") for argument in arguments))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ class Shared(InMemory):
         with self.lock:
             return super().add(key, amount)
 
+    def drop(self, name):
+        with self.lock:
+            super().drop(name)
+
 
 @pytest.fixture
 def asked_to_stop(monkeypatch):
@@ -128,6 +132,42 @@ def test_several_get_the_same_values_in_the_order_of_their_calls():
     squares = [[0, 0], [1, 1], [2, 4]]
     assert found == [[["first", 0], squares, AS_JSON, [[], [], []], [None] * 3]] * 3
     assert made == [("first", 0), VALUE]  # in process 0 alone
+
+
+def test_all_get_the_same_votes_and_none_is_left_over(asked_to_stop):
+    """Three vote until one wants to stop. A request to stop interrupts nobody."""
+    asked_to_stop.set()
+    store = Shared()
+
+    def work(k, exchange):
+        rounds = []
+        while not rounds or not any(stops for stops, _ in rounds[-1]):
+            rounds.append(exchange.vote([k == 1 and len(rounds) == 4, k]))
+        return rounds
+
+    found = ends(*[start(work, k, exchange) for k, exchange in enumerate(exchanges(3, store))])
+    go = [[False, 0], [False, 1], [False, 2]]
+    assert found == [[*[go] * 4, [[False, 0], [True, 1], [False, 2]]]] * 3
+    assert len(store.folder("run-1/vote/5")) == 3 and not store.folder("run-1/vote/4")
+
+
+def test_a_vote_fails_for_all_if_one_ended_before_it(asked_to_stop):
+    store = Shared()
+    first, second, third = exchanges(3, store)
+    voters = [start(first.vote, "a"), start(second.vote, "b")]
+    time.sleep(0.1)
+    assert all(voter.is_alive() for voter in voters)
+    store.put(f"{ENDED}/2", "{}")
+    assert ends(*voters) == [None, None]
+    # One that has voted before it ends does not.
+    store, run = Shared(), "run-2"
+    first, second, third = exchanges(3, store, run)
+    voters = [start(first.vote, "a"), start(third.vote, "c")]
+    while len(store.folder(f"{run}/vote/1")) < 2:
+        time.sleep(0.002)
+    store.put(f"{ENDED}/2", "{}")
+    voters.append(start(second.vote, "b"))
+    assert ends(*voters) == [["a", "b", "c"]] * 3
 
 
 def test_a_count_does_not_take_part_in_the_order_of_the_calls():

@@ -104,6 +104,63 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(folder, sing
     assert run["counts"]["compiled_shapes"] == sum(share["compiled_shapes"] for share in work)
 
 
+SPANNING = {
+    "flags": ("--mesh=2x4", "--limit=60", "--batch_tokens=96"),
+    "devices": 4,
+    "timeout": TIMEOUT,
+}
+
+
+def test_a_mesh_across_processes_is_stopped_and_continued(folder, single):
+    """Two processes of four devices; one gets SIGTERM; the numbers are those of one device."""
+    output_dir = folder / "spanned"
+    group = start_and_wait(folder, output_dir, 2, 2, **SPANNING)
+    group.signal(1, signal.SIGTERM)
+    leader, follower = group.wait(200)
+    assert (leader.code, follower.code) == (75, 75), (leader.stderr, follower.stderr)
+    assert "stopped by SIGTERM: " in leader.stderr.splitlines()[-1]
+    assert "mesh 2x4 spans 2 processes" in leader.stdout
+    done = len(list((output_dir / "journal").iterdir()))
+    assert 2 <= done < 20
+    leader, follower = Processes(folder, output_dir, 2, **SPANNING).wait(300)
+    assert (leader.code, follower.code) == (0, 0), (leader.stderr, follower.stderr)
+    assert not faults(output_dir, 60, NUM_MATRICES)
+    run = json.loads((output_dir / "run.json").read_text())
+    meshes = [session["info"]["device"]["mesh"] for session in run["sessions"]]
+    assert meshes == ["2x4", "2x4"]
+    # Each has written a share.
+    written = [share["batches"] for share in run["counts"]["processes"]]
+    assert sum(written) + done == 20 and max(written) - min(written) <= 1
+    found, expected = (
+        pd.read_parquet(path / "matrices").set_index("example_index").sort_index()
+        for path in (output_dir, folder / "single")
+    )
+    for column in ("nuclear_norm", "sigma_max", "frobenius_norm", "effective_rank"):
+        assert (found[column] / expected[column][found.index] - 1).abs().max() < 1e-5, column
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("struck", [0, 1])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_process_in_a_collective_ends_when_another_is_gone(folder, struck, how):
+    """The one that is left waits for values that never come, or its program fails."""
+    output_dir = folder / f"struck-{struck}-{how}"
+    group = start_and_wait(folder, output_dir, 2, 2, **SPANNING)
+    group.signal(struck, getattr(signal, how))
+    began = time.monotonic()
+    ended = group.wait(200)
+    assert time.monotonic() - began < 3 * TIMEOUT + 10
+    left = ended[1 - struck]
+    if how == "SIGKILL":
+        assert left.code == 69, left.stderr
+        assert (
+            f"error: {'process 1: ' * (struck == 0)}process {struck} of 2 has died" in left.stderr
+        )
+    else:
+        assert [process.code for process in ended] == [130, 130], [p.stderr for p in ended]
+    assert "Traceback" not in left.stderr
+
+
 def test_an_error_in_one_ends_all_with_its_line(folder):
     """The second process is given another data file."""
     port, output_dir = free_port(), folder / "differs"

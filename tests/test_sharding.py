@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import sharded_runs
+from process_groups import free_port
 from test_memory import QWEN, SMOL, settings_of
 from tiny_models import Tiny, save_tiny
 
@@ -20,16 +21,19 @@ from jaxgrad import AnalyzeOptions, UserError
 from jaxgrad.checkpoints.convert import convert_model
 from jaxgrad.data.batches import BatchShape
 from jaxgrad.measure.memory import predict_memory, weight_bytes
+from jaxgrad.measure.programs import Programs
 from jaxgrad.models.decoder import num_parameters, parameter_shapes
 from jaxgrad.models.families import FAMILIES, read_config
 from jaxgrad.models.sharding import (
     MODEL,
     MeshShape,
     check_mesh,
+    laid_out,
     make_mesh,
     parameter_specs,
     parse_mesh,
     replicated_line,
+    shares_of_each,
 )
 from jaxgrad.runs import plan
 
@@ -63,6 +67,66 @@ def test_too_few_devices_are_refused_before_anything_is_read(tmp_path):
         )
     with pytest.raises(UserError, match="auto"):
         jaxgrad.load_model(mesh="auto")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX asks of a device to place it."""
+
+    id: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    process_index: int = 0
+    device_kind: str = "TPU v4"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    slice_index: int = 0
+
+
+def host_of(device_kind, x, y):
+    places = [(i, j, 0) for j in range(y) for i in range(x)]
+    return [Chip(number, place, device_kind=device_kind) for number, place in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "x", "y"), [("TPU v4", 2, 2), ("TPU v5 lite", 2, 4), ("TPU v6 lite", 2, 4)]
+)
+def test_chips_of_a_tpu_that_are_no_box_are_refused_in_one_line(device_kind, x, y):
+    chips = host_of(device_kind, x, y)
+    choices = {n: chips[:n] for n in range(1, len(chips) + 1)}
+    boxes = {4: "1, 2 or 4", 8: "1, 2, 4, 6 or 8"}[len(chips)]
+    for number in choices:
+        for shape in (MeshShape(d, number // d) for d in range(1, number + 1) if not number % d):
+            if number in (3, 5, 7):
+                with pytest.raises(UserError) as refused:
+                    laid_out(shape, choices)
+                assert str(refused.value) == (
+                    f"--mesh={shape}: {number} chips of this TPU are no box, and JAX makes meshes of boxes "
+                    f"only; give {boxes} devices in all"
+                )
+            else:
+                found = laid_out(shape, choices)
+                assert found.shape == shape and set(found.flat) == set(chips[:number])
+
+
+def test_a_mesh_across_processes_takes_equally_many_devices_of_each():
+    # Process 1 has more, and its ids come first.
+    devices = [Chip(k, process_index=1 - k // 6, platform="gpu") for k in range(10)]
+    choices = shares_of_each(MeshShape(2, 4), devices)
+    assert list(choices) == [8]
+    assert [(d.process_index, d.id) for d in choices[8]] == [
+        *((0, k) for k in (6, 7, 8, 9)),
+        *((1, k) for k in (0, 1, 2, 3)),
+    ]
+    # "data" is split over the processes first.
+    assert {d.process_index for d in laid_out(MeshShape(2, 4), choices)[0]} == {0}
+    for shape in (MeshShape(9, 1), MeshShape(7, 1), MeshShape(10, 1), MeshShape(2, 100)):
+        with pytest.raises(UserError) as refused:
+            shares_of_each(shape, devices)
+        assert str(refused.value) == (
+            f"--mesh={shape} takes {shape.num_devices} devices: too many for one of these 2 processes, "
+            "which have 4 to 6 each (gpu), and a mesh across processes takes equally many of each; give 8 "
+            "devices or a mesh that fits one process"
+        )
 
 
 @pytest.mark.parametrize("num_model", [1, 2, 4, 8, 5])
@@ -146,6 +210,45 @@ def test_auto_splits_weights_only_where_they_do_not_fit(machine):
     assert settled_mesh(MeshShape(2, 2), options, config) == MeshShape(2, 2)
 
 
+def test_auto_spans_the_processes_only_where_one_is_too_small(machine, monkeypatch):
+    """Four processes of eight accelerators each."""
+    config, options = published("Llama-3.1-8B"), AnalyzeOptions(dtype="bfloat16")
+    settings, weights = plan.settings_for(options, config), weight_bytes(config, "bfloat16")
+    devices = [Chip(k, process_index=k // 8, platform="gpu") for k in range(32)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+
+    def settled(num_bytes, **across):
+        machine(num_bytes)
+        return plan.settle_mesh(None, settings, options, config, (), **across)
+
+    assert settled(2 * weights, across=True) == MeshShape(8, 1)
+    assert settled(weights // 3, across=True) == MeshShape(2, 4)
+    assert settled(weights // 9, across=True) == MeshShape(2, 16)
+    assert settled(weights // 9) == MeshShape(1, 8)
+    # Its devices are found, and it is known what each has.
+    fixed = AnalyzeOptions(dtype="bfloat16", batch_tokens=512)
+    for mesh, at_hand in ((MeshShape(2, 16), weights), (MeshShape(33, 1), None)):
+        machine(weights)
+        assert plan.fit_batches(fixed, settings, config, (), mesh=mesh)[2].at_hand == at_hand
+
+
+def test_memory_that_runs_out_across_processes_is_refused_with_a_mend(monkeypatch):
+    """A batch is not halved at run time there: the other processes may have memory for it."""
+    config = sharded_runs.read_config(sharded_runs.MODELS["llama_gqa"], "tiny")[1]
+    settings = settings_of(config, "attention")
+    monkeypatch.setattr(Programs, "spans", True)
+    programs = Programs(config, "float32", settings)
+
+    def fails(self, state, shape, arrays):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(Programs, "_measure_whole", fails)
+    with pytest.raises(UserError, match=r"12 x 24 tokens .*; give --batch_tokens=144 and another"):
+        programs.measure(None, BatchShape(12, 24, 16), None)
+    assert not programs.halves
+
+
 def test_auto_is_one_device_on_a_cpu(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [None] * 8)
     monkeypatch.setattr(plan, "memory_at_hand", lambda: 1)
@@ -226,6 +329,29 @@ def run_script(*arguments, timeout=900):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def run_in_two_processes(*arguments, timeout=900):
+    """What both printed: two processes of four devices each."""
+    where = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(TESTS / "sharded_runs.py"), *arguments]
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"JAXGRAD_TEST_PROCESS": f"{k}:{where}"},
+        )
+        for k in range(2)
+    ]
+    found = []
+    for process in started:
+        out, err = process.communicate(timeout=timeout)
+        assert process.returncode == 0 and "rematerialization" not in err, err[-4000:]
+        found.append(json.loads(out.splitlines()[-1]))
+    return found
+
+
 def check_differences(results):
     for case, found in results.items():
         for number, worst in found.items():
@@ -254,6 +380,35 @@ def test_every_option_gives_the_numbers_of_one_device(model):
     results |= run_script("compare", model, "8x1", "layerwise", timeout=3000)
     print(json.dumps(results))
     check_differences(results)
+
+
+@pytest.mark.slow
+def test_a_mesh_across_processes_gives_the_numbers_of_one_device():
+    options = "all,similarity,dense,dense_similarity,uneven"
+    found = run_in_two_processes("compare", "llama_gqa", "8x1,2x4,1x8", options, timeout=3000)
+    found += run_in_two_processes("compare", "llama_gqa", "8x1", "layerwise", timeout=3000)
+    print(json.dumps(found))
+    for results in found:
+        check_differences(results)
+
+
+def test_a_process_holds_and_reads_its_own_shards_only(tmp_path):
+    """Mesh 1x8 over two processes: each has half of what is split, and reads no more than it must."""
+    source = save_tiny(Tiny(8, 8, tied=False, width=72), tmp_path / "source")
+    convert_model(str(source), tmp_path / "saved", say=lambda _: None, progress=False)
+    config = jaxgrad.load_model(str(source)).config
+    shapes = parameter_shapes(config)
+    halves = {name for name, spec in parameter_specs(config, shapes, 8).items() if MODEL in spec}
+    assert {f"layers.attention.{name}.weight" for name in "qkvo"} <= halves
+    held = sum(4 * math.prod(s) // (2 if name in halves else 1) for name, s in shapes.items())
+    found = run_in_two_processes("share", str(tmp_path))
+    for process in found:
+        for kind in ("source", "saved"):
+            assert process[kind]["held"] == held < process[kind]["whole"]
+        # Half of the weights for the fingerprint, and of the others what it holds.
+        assert held <= process["source"]["read"] < 0.9 * process["source"]["read_whole"]
+    total = sum(process["source"]["read"] for process in found)
+    assert total == found[0]["source"]["read_whole"] + held
 
 
 def test_a_model_goes_straight_to_its_devices_and_a_run_from_mesh_to_mesh(tmp_path):

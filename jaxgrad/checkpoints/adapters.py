@@ -131,6 +131,12 @@ class MergedSource:
             return self._adapter.tensors.read_blocks(self._merge.whole[name])
         return self._base.read_blocks(self._base_names[name])
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of the same values."""
+        if name in self._merge.whole:
+            return self._adapter.tensors.read_part(self._merge.whole[name], part)
+        return self._base.read_part(self._base_names[name], part)
+
     def addition(self, name: str) -> Addition | None:
         """What LoRA adds to the weight."""
         lora = self._merge.loras.get(name)

@@ -209,6 +209,16 @@ class GgufFile:
             shape = (end - begin, *self._shapes[name][1:])
             yield gguf.dequantize(tensor.data[begin:end], tensor.tensor_type).reshape(shape)
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of the same values. Of a weight of a layer the whole is dequantized."""
+        shape = self._shapes[name]
+        if name.startswith("model.layers.") or len(shape) == 1:
+            return self.read(name)[part]
+        tensor, rows = self._tensors[name], part[0]
+        begin, end, _ = rows.indices(shape[0])
+        values = gguf.dequantize(tensor.data[begin:end], tensor.tensor_type)
+        return values.reshape(end - begin, *shape[1:])[:, *part[1:]]
+
     def addition(self, name: str) -> None:
         """Nothing is added."""
 

@@ -92,6 +92,10 @@ class CanonicalSource:
         """The same values; a large tensor comes in blocks of rows."""
         return self._source.read_blocks(self._names[name])
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of the same values."""
+        return self._source.read_part(self._names[name], part)
+
     def addition(self, name: str) -> None:
         """Nothing is added."""
 

@@ -21,6 +21,7 @@ from jaxgrad.models.config import DecoderConfig
 from jaxgrad.models.families import Family
 from jaxgrad.models.sharding import bytes_on_a_device, check_mesh, make_mesh, parse_mesh
 from jaxgrad.options import ModelOptions
+from jaxgrad.processes.exchange import Exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Checkpoint:
         *,
         mesh: Mesh | None = None,
         progress: bool = False,
+        exchange: Exchange | None = None,
     ) -> LoadedModel:
         """Read the weights onto the device, or split over a mesh.
 
@@ -98,6 +100,7 @@ class Checkpoint:
             dtype: a key of `DTYPES`; None for that of the files, parameter by parameter.
             mesh: from `jaxgrad.models.sharding.make_mesh`; None for one device.
             progress: show a bar on stderr.
+            exchange: of the processes that the mesh spans: with it they share the reading.
 
         Raises:
             UserError: the dtype is unknown; the weights cannot be read or do not fit the config.
@@ -111,7 +114,13 @@ class Checkpoint:
                 fingerprint = self.source.fingerprint
             else:
                 graphdef, state, fingerprint = fill_decoder(
-                    self.config, self.family, self.source, jax_dtype, mesh=mesh, progress=progress
+                    self.config,
+                    self.family,
+                    self.source,
+                    jax_dtype,
+                    mesh=mesh,
+                    progress=progress,
+                    exchange=exchange,
                 )
         return LoadedModel(
             self.name,
@@ -168,7 +177,8 @@ def load_model(
         model_path: as `open_checkpoint` takes it.
         dtype: "float32", "bfloat16" or "float64", of weights and arithmetic. Norms, softmax, rope and loss
             are at least float32.
-        mesh: "DxM": D devices of this process for the examples times M for the weights.
+        mesh: "DxM": D devices for the examples times M for the weights, of this process or, where these
+            are too few, of all processes of `jax.distributed`, which then make the same calls.
         options: the adapter's base, and a hub id's revision.
 
     Raises:

@@ -85,6 +85,9 @@ class Tensors(Protocol):
     def read_blocks(self, name: str) -> Iterator[np.ndarray]:
         """The same values; a large tensor comes in blocks of rows and is never whole in memory."""
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of the same values, a slice along each axis. Little else is read where files allow it."""
+
 
 class WeightSource(Tensors, Protocol):
     """A model's weights. `dtype` is theirs with what `addition` adds."""
@@ -98,6 +101,7 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self._digests: dict[str, Any] = {}
+        self._others: dict[str, str] = {}
 
     def add(self, name: str, shape: tuple[int, ...], block: np.ndarray) -> None:
         """Add a tensor, whole or block by block. The order of the tensors does not matter.
@@ -111,9 +115,17 @@ class Fingerprint:
             self._digests[name] = hashlib.sha256(f"{name} {block.dtype} {shape} ".encode())
         self._digests[name].update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
 
+    def by_tensor(self) -> dict[str, str]:
+        """The digests of the tensors added here, by name."""
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+    def add_others(self, digests: Mapping[str, str]) -> None:
+        """Add tensors that another process has read: its `by_tensor`."""
+        self._others |= digests
+
     def hexdigest(self) -> str:
         """64 hex digits over all tensors added."""
-        digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
+        digests = self._others | self.by_tensor()
         lines = "\n".join(f"{name} {digests[name]}" for name in sorted(digests))
         return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -220,14 +232,18 @@ class SafetensorsFiles:
         else:
             yield from (self._take(name, slice(*bound)) for bound in bounds)
 
-    def _take(self, name: str, rows: slice | None) -> np.ndarray:
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of the same values; of a mapped file, its pages only."""
+        return self._take(name, part)
+
+    def _take(self, name: str, part: slice | tuple[slice, ...] | None) -> np.ndarray:
         path = self._file_of[name]
         if self._open_file is None or self._open_file[0] != path or self._bytes_read > REOPEN_BYTES:
             self._open_file = None  # closes the previous file first
             self._open_file, self._bytes_read = (path, self._open(path)), 0
         try:
             file = self._open_file[1]
-            values = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+            values = file.get_tensor(name) if part is None else file.get_slice(name)[part]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: {name} cannot be read: {error}") from error
         self._bytes_read += values.nbytes

@@ -231,8 +231,9 @@ def define_compute_flags() -> FlagGroup:
     flags.DEFINE_string(
         "mesh",
         "auto",
-        "DxM: split the examples of a batch over D devices of this process and the weights over M. auto: "
-        "the weights are split only if the model does not fit on one device; on a CPU one device.",
+        "DxM: split the examples of a batch over D devices and the weights over M. They are this process's "
+        "or, where these are too few, those of all processes. auto: the weights are split only if the "
+        "model does not fit on one device; on a CPU one device.",
     )
     return FlagGroup("Computation", ("batch_tokens", "dtype", "precision", "layerwise", "mesh"))
 

@@ -5,6 +5,9 @@ are compiled ahead of time, one a shape, and a run prints how many there were.
 
 A batch that runs out of the device's memory is measured in two halves, and so are all later batches of its
 shape.
+
+On a mesh that spans processes all of them run the same programs in the same order, and each gets all
+results. There a batch is halved only where it does not compile, which all find alike.
 """
 
 import threading
@@ -36,6 +39,7 @@ from jaxgrad.models.sharding import (
     bytes_on_a_device,
     parameter_shardings,
     shape_of,
+    spans_processes,
 )
 from jaxgrad.options import MeasureSettings
 
@@ -103,6 +107,11 @@ class Programs:
         return shape_of(self._mesh)
 
     @property
+    def spans(self) -> bool:
+        """Whether that mesh has devices of other processes, which then run the same programs."""
+        return spans_processes(self._mesh)
+
+    @property
     def tally(self) -> CompileTally:
         """What was compiled so far."""
         return CompileTally(self._num_compiled, self._compile_seconds)
@@ -139,8 +148,12 @@ class Programs:
         with jax.enable_x64(True):
             if self._mesh is None:
                 lowered = measure_batch.lower(*asked)
-            else:
+            elif not self.spans:
                 lowered = measure_batch_on.lower(*asked, self._mesh)
+            else:
+                lowered = _whole_everywhere(self._graphdef, self._settings, self._mesh).lower(
+                    *asked[1:3]
+                )
             program = lowered.compile()
         self._compile_seconds += time.perf_counter() - started
         self._num_compiled += 1
@@ -193,6 +206,8 @@ class Programs:
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.spans:  # the others run this program to its end, and may have memory for it
+                    raise self._too_large(shape) from error
             # Outside the handler, whose traceback keeps the arrays of the failed call alive.
             self._halve(shape)
         half = self._halves[shape]
@@ -208,11 +223,19 @@ class Programs:
         if self._mesh is not None:
             (arrays,) = _parts(arrays, self._padded(shape))
         with jax.enable_x64(True), single_threaded_blas():
-            batch = jax.device_put(arrays, self._batch_sharding)
+            batch = self._placed_batch(arrays)
             if self._mesh is None:
                 return jax.device_get(program(state, batch))
             loss_B, found = jax.device_get(program(state, batch))
         return self._cut(loss_B, found, shape.num_examples)
+
+    def _placed_batch(self, arrays: ExampleArrays) -> Any:
+        where = self._batch_sharding
+        if where is None or not self.spans:
+            return jax.device_put(arrays, where)
+        # `device_put` would have the processes compare their arrays, a collective of its own.
+        parts = [jax.make_array_from_callback(a.shape, where, a.__getitem__) for a in arrays]
+        return ExampleArrays(*parts)
 
     def _cut(
         self, loss_B: np.ndarray, found: Measured, num_examples: int
@@ -226,17 +249,38 @@ class Programs:
             for name, values in found.items()
         }
 
+    def _too_large(self, shape: BatchShape) -> UserError:
+        tokens, kind = max(1, shape.num_examples // 2) * shape.num_tokens, _device_kind()
+        return UserError(
+            f"the memory of {kind} ran out in a batch of {shape.num_examples} "
+            f"x {shape.num_tokens} tokens on mesh {self.mesh_shape}, which spans the processes, so that it "
+            f"is not halved; give --batch_tokens={tokens} and another --output_dir"
+        )
+
     def _halve(self, shape: BatchShape) -> None:
         rows = self.mesh_shape.rows(shape.num_examples)  # of one device: fewer of them need less
         if rows == 1:
             raise UserError(
-                f"the memory of {jax.local_devices()[0].device_kind} is too small for one example of "
+                f"the memory of {_device_kind()} is too small for one example of "
                 f"{shape.num_tokens} tokens; give a smaller --max_length, --dtype=bfloat16, fewer "
                 "--parameters, or no --similarity"
             )
         self._compiled.pop(shape, None)  # its code takes memory, too
         half = (rows + 1) // 2 * self.mesh_shape.data
         self._halves[shape] = BatchShape(half, shape.num_tokens, shape.num_responses)
+
+
+def _device_kind() -> str:
+    return jax.local_devices()[0].device_kind
+
+
+def _whole_everywhere(graphdef: nnx.GraphDef, settings: MeasureSettings, mesh: Mesh) -> Any:
+    """`measure_batch_on` with its results on every device, so that each process has all of them."""
+
+    def run(state: nnx.State, batch: ExampleArrays) -> tuple[jax.Array, Measured]:
+        return measure_batch_on(graphdef, state, batch, settings, mesh)
+
+    return jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _placed(state: nnx.State, config: DecoderConfig, mesh: Mesh) -> nnx.State:

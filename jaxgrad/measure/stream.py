@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from jaxgrad.checkpoints import LoadedModel
-from jaxgrad.data.batches import Batch, batch_arrays
+from jaxgrad.data.batches import Batch, BatchShape, batch_arrays
 from jaxgrad.data.tokens import TokenizedExample
 from jaxgrad.measure.memory import batches_in_flight
 from jaxgrad.measure.programs import Programs
@@ -19,6 +19,7 @@ def measured(
     plan: Sequence[tuple[Sequence[TokenizedExample], Batch]],
     *,
     stop: Callable[[], bool] = lambda: False,
+    begin: Callable[[BatchShape], bool] = lambda shape: True,
 ) -> Iterator[list[ExampleResult]]:
     """The results of each batch, in the order of the plan.
 
@@ -30,12 +31,17 @@ def measured(
         model: its weights.
         plan: for each batch its window's examples, which its members are positions in, and the batch.
         stop: asked between batches. Once it is true, the batches in flight are the last.
+        begin: asked for each batch right before it is computed, in the thread that does so. Once it is
+            false, that batch and all later ones are left out. For meshes, where batches are computed one
+            by one.
 
     Raises:
         UserError: the memory is too small for one example.
     """
 
-    def measure(tokenized: Sequence[TokenizedExample], batch: Batch) -> list[ExampleResult]:
+    def measure(tokenized: Sequence[TokenizedExample], batch: Batch) -> list[ExampleResult] | None:
+        if not begin(batch.shape):
+            return None
         arrays = batch_arrays(batch, tokenized)
         loss_B, columns = programs.measure(model.state, batch.shape, arrays)
         members = [tokenized[member] for member in batch.members]
@@ -43,7 +49,7 @@ def measured(
 
     in_flight = batches_in_flight(programs.mesh_shape)
     pool = ThreadPoolExecutor(max_workers=in_flight, thread_name_prefix="measure")
-    pending: deque[Future[list[ExampleResult]]] = deque()
+    pending: deque[Future[list[ExampleResult] | None]] = deque()
     try:
         for tokenized, batch in plan:
             if stop():
@@ -51,13 +57,17 @@ def measured(
             pending.append(pool.submit(measure, tokenized, batch))
             # One more than are computed, so that a free thread finds its next batch.
             if len(pending) > in_flight:
-                yield pending.popleft().result()
+                if (results := pending.popleft().result()) is None:
+                    return
+                yield results
         while pending:
             future = pending.popleft()
             # Batches start in order: if this one was cancelled, no later one has started.
             if stop() and future.cancel():
                 return
-            yield future.result()
+            if (results := future.result()) is None:
+                return
+            yield results
     finally:
         # Ctrl-C does not wait for what is still in flight.
         pool.shutdown(wait=False, cancel_futures=True)

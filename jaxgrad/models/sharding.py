@@ -1,4 +1,7 @@
-"""Meshes of this process's devices: the axis "data" splits examples, the axis "model" splits weights.
+"""Meshes of devices: the axis "data" splits examples, the axis "model" splits weights.
+
+A mesh has devices of this process only, or, where it is larger, of all processes that JAX's distributed
+runtime has joined, equally many of each: it spans them.
 
 `RULES` says which axis of which parameter is split. A parameter that does not divide by the devices of
 "model" is replicated on them. Rules go by name and shape; nothing here holds an array.
@@ -6,10 +9,13 @@
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrad.errors import UserError
@@ -98,26 +104,139 @@ def parse_mesh(text: str) -> MeshShape | None:
 
 
 def make_mesh(shape: MeshShape) -> Mesh | None:
-    """The first D x M of this process's devices as a mesh; None for 1x1, which needs none.
+    """A mesh of the first D x M devices of this process; None for 1x1, which needs none.
+
+    Where these are too few, and this process is one of several, the mesh spans the processes: it has the
+    first devices of each, equally many. All of them have to make it, and to run the same programs on it
+    in the same order.
 
     Raises:
-        UserError: there are fewer devices.
+        UserError: there are fewer devices, the processes' shares would not be equal, or the devices of
+            a TPU cannot be laid out so.
     """
-    devices = jax.local_devices()
-    if shape.num_devices > len(devices):
-        raise UserError(
-            f"--mesh={shape} takes {shape.num_devices} devices, but this process has {len(devices)} "
-            f"({devices[0].platform}); give a smaller mesh, or auto"
-        )
+    local = jax.local_devices()
     if shape == ONE_DEVICE:
         return None
+    if shape.num_devices <= len(local):
+        choices = {n: local[:n] for n in range(1, len(local) + 1)}
+    elif shape.num_devices > max(_num_devices_by_process().values()) and jax.process_count() > 1:
+        choices = shares_of_each(shape, jax.devices())
+    else:
+        raise UserError(
+            f"--mesh={shape} takes {shape.num_devices} devices, but this process has {len(local)} "
+            f"({local[0].platform}); give a smaller mesh, or auto"
+        )
     # Auto axes: the compiler splits the passes by the shardings of parameters and batch.
-    return jax.make_mesh(
-        shape,
-        (DATA, MODEL),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[: shape.num_devices],
-    )
+    auto = (AxisType.Auto, AxisType.Auto)
+    return Mesh(laid_out(shape, choices), (DATA, MODEL), axis_types=auto)
+
+
+def shares_of_each(shape: MeshShape, devices: Sequence[Any]) -> dict[int, list[Any]]:
+    """The devices that a mesh across processes may have, by their number: equally many of each process.
+
+    Args:
+        shape: of the mesh that is asked for, larger than what any process has.
+        devices: those of all processes.
+
+    Raises:
+        UserError: there are fewer, or the shares would not be equal.
+    """
+    by_process: dict[tuple[int, int], list[Any]] = {}
+    for device in sorted(devices, key=lambda device: device.id):
+        place = (_slice_of(device), device.process_index)
+        by_process.setdefault(place, []).append(device)
+    sizes, several = [len(own) for own in by_process.values()], len(by_process)
+    choices = {
+        share * several: [d for _, own in sorted(by_process.items()) for d in own[:share]]
+        for share in range(1, min(sizes) + 1)
+        if share * several > max(sizes)
+    }
+    if shape.num_devices not in choices:
+        have = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{min(sizes)}"
+        mends = [f"{_listed(choices)} devices"] if choices else []
+        raise UserError(
+            f"--mesh={shape} takes {shape.num_devices} devices: too many for one of these {several} "
+            f"processes, which have {have} each ({devices[0].platform}), and a mesh across processes takes "
+            f"equally many of each; give {' or '.join([*mends, 'a mesh that fits one process'])}"
+        )
+    return choices
+
+
+def laid_out(shape: MeshShape, choices: Mapping[int, Sequence[Any]]) -> np.ndarray:
+    """The devices of a mesh as an array [D, M], so that neighbours in it are neighbours in the machine.
+
+    JAX knows how TPU chips are connected. It takes boxes of chips without holes, so 3, 5 or 7 chips of a
+    host are refused. Devices of other kinds, and of several TPU slices, keep their order.
+
+    Args:
+        shape: of the mesh.
+        choices: the devices that a mesh may have, by their number.
+
+    Raises:
+        UserError: they are chips of a TPU and no box.
+    """
+    devices = choices[shape.num_devices]
+    try:
+        return _array_of(devices, shape)
+    except (AssertionError, ValueError) as error:
+        boxes = [n for n, those in choices.items() if _is_box(those)]
+        raise UserError(
+            f"--mesh={shape}: {shape.num_devices} chips of this TPU are no box, and JAX makes meshes of "
+            f"boxes only; give {_listed(boxes)} devices in all"
+        ) from error
+
+
+def _array_of(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+    if devices[0].platform != "tpu" or len({_slice_of(device) for device in devices}) > 1:
+        return np.asarray(devices, object).reshape(shape)
+    # As `jax.make_mesh` does it. Where its way for most TPUs finds nothing, an axis of the chips is split.
+    splits = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=splits)
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _is_box(devices: Sequence[Any]) -> bool:
+    try:
+        _array_of(devices, (len(devices), 1))
+    except (AssertionError, ValueError):
+        return False
+    return True
+
+
+def _slice_of(device: Any) -> int:
+    """The group of machines with fast connections that a device is in; 0 where there is but one."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def spans_processes(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of other processes."""
+    return mesh is not None and mesh.is_multi_process
+
+
+def devices_here(shape: MeshShape) -> int | None:
+    """How many devices of this process a mesh takes; None where there are not enough for it."""
+    if shape.num_devices <= len(jax.local_devices()):
+        return shape.num_devices
+    if shape.num_devices <= devices_of_all():
+        return -(-shape.num_devices // jax.process_count())
+    return None
+
+
+def devices_of_all() -> int:
+    """Devices of the largest mesh across the processes; 0 for a process on its own."""
+    counts = _num_devices_by_process()
+    return len(counts) * min(counts.values()) if jax.process_count() > 1 else 0
+
+
+def _num_devices_by_process() -> Counter[int]:
+    return Counter(device.process_index for device in jax.devices())
 
 
 def shape_of(mesh: Mesh | None) -> MeshShape:

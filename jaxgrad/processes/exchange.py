@@ -15,6 +15,7 @@ ENDED = "ended"
 
 _LEADER_SECONDS = 0.5  # longest wait for process 0 between two checks for a request to stop
 POLL_SECONDS = 0.05
+_FIRST_POLL_SECONDS = 0.001  # of a vote, which all processes come to at about the same time
 
 
 class KeyValues(Protocol):
@@ -31,6 +32,9 @@ class KeyValues(Protocol):
 
     def add(self, key: str, amount: int) -> int:
         """Adds to a shared number, 0 at first. Returns the sum."""
+
+    def drop(self, name: str) -> None:
+        """Removes the keys `name`/K."""
 
 
 class InMemory:
@@ -62,6 +66,11 @@ class InMemory:
         self._numbers[key] = self._numbers.get(key, 0) + amount
         return self._numbers[key]
 
+    def drop(self, name: str) -> None:
+        """See `KeyValues`."""
+        for key in [key for key in self._values if key.startswith(f"{name}/")]:
+            del self._values[key]
+
 
 class Exchange:
     """The exchange of values in one run, from `Group.begin_run`.
@@ -83,7 +92,17 @@ class Exchange:
         """
         self._key_values, self._run = key_values, run
         self._process_id, self._num_processes = process_id, num_processes
-        self._num_calls = 0
+        self._num_calls = self._num_votes = 0
+
+    @property
+    def process_id(self) -> int:
+        """This process, from 0."""
+        return self._process_id
+
+    @property
+    def num_processes(self) -> int:
+        """How many there are."""
+        return self._num_processes
 
     def from_leader(self, make: Callable[[], Any]) -> Any:
         """The value that `make` gives in process 0, for all processes.
@@ -142,6 +161,38 @@ class Exchange:
             amount: how many more.
         """
         return self._key_values.add(f"{self._run}/count/{what}", amount)
+
+    def vote(self, value: Any) -> list[Any] | None:
+        """The values of all processes, by process id, once all have voted; None if one never will.
+
+        All get the same answer, and so agree on what to do next, such as to run one more program
+        together. Votes are numbered apart from the other calls, so one thread may vote while another
+        makes these. A request to stop does not interrupt a vote: a process that has begun to vote goes on
+        to do so until one fails, or its values say that it is the last. One that ended before it voted
+        fails the vote for all others.
+
+        Args:
+            value: this process's.
+        """
+        self._num_votes += 1
+        key = f"{self._run}/vote/{self._num_votes}"
+        self._key_values.put(f"{key}/{self._process_id}", json.dumps(value))
+        wait = _FIRST_POLL_SECONDS
+        while True:
+            ended = self._key_values.folder(
+                ENDED
+            ).keys()  # asked first: a vote is cast before the end
+            texts = self._key_values.folder(key)
+            if len(texts) == self._num_processes:
+                break
+            if ended - texts.keys():
+                return None
+            time.sleep(wait)
+            wait = min(2 * wait, POLL_SECONDS)
+        if self._process_id == 0 and self._num_votes > 1:
+            # All have read the vote before, because they have cast this one.
+            self._key_values.drop(f"{self._run}/vote/{self._num_votes - 1}")
+        return [json.loads(texts[k]) for k in range(self._num_processes)]
 
     def await_stop(self) -> None:
         """Waits until every other process has made this call too, or has ended.

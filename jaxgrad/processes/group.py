@@ -1,8 +1,10 @@
 """The group of processes that share one run, and how it ends.
 
-The processes share a store of keys and values, and see who is alive. Nothing is computed across
-processes. Process 0 leads: it hosts JAX's coordination service, chooses what all must have in common,
-and finishes the run.
+The processes share a store of keys and values, and see who is alive. Process 0 leads: it hosts JAX's
+coordination service, chooses what all must have in common, and finishes the run.
+
+Nothing is computed across processes, unless a mesh spans them (`models.sharding`). There a process that
+ends leaves the others in a program that fails or never finishes. The watching threads end them.
 
 How a group ends:
 
@@ -73,6 +75,13 @@ class Group:
     def begin_run(self) -> Exchange:
         """The exchange of values in one run. All processes begin the same runs in the same order."""
         return Exchange(InMemory(), "run", process_id=0, num_processes=1)
+
+    def await_verdict(self) -> None:
+        """Waits for the watching threads, after a program across the processes has failed here.
+
+        Most often it fails because another process has ended. Then this process ends in this call, as
+        the table above says. The call returns if nobody has.
+        """
 
     def warn(self, line: str) -> None:
         """Prints a line on stderr, whether this process leads or not."""
@@ -166,6 +175,10 @@ class _Joined(Group):
             process_id=self.process_id,
             num_processes=self.num_processes,
         )
+
+    def await_verdict(self) -> None:
+        # A process that is lost is noticed after the time-out; what one says as it ends, at once.
+        time.sleep(self._timeout + FAREWELL_SECONDS + 4 * WATCH_SECONDS)
 
     # How this process ends.
 

@@ -26,6 +26,7 @@ _CLIENT_METHODS = (
     "blocking_key_value_get",
     "key_value_dir_get",
     "key_value_increment",
+    "key_value_delete",
     "get_live_nodes",
 )
 
@@ -75,6 +76,10 @@ class Service:
     def add(self, key: str, amount: int) -> int:
         """Adds to a shared number, 0 at first. Returns the sum."""
         return self._ask(self._client.key_value_increment, key, amount)
+
+    def drop(self, name: str) -> None:
+        """Removes the keys `name`/K."""
+        self._ask(self._client.key_value_delete, f"{name}/")
 
     def live(self, process_ids: Sequence[int]) -> dict[int, int]:
         """Those of the processes that are alive, each with a number that changes when it is restarted.

@@ -38,7 +38,13 @@ from jaxgrad.measure.memory import (
 )
 from jaxgrad.measure.reducers import can_be_layerwise
 from jaxgrad.models import DecoderConfig
-from jaxgrad.models.sharding import ONE_DEVICE, MeshShape, check_mesh
+from jaxgrad.models.sharding import (
+    ONE_DEVICE,
+    MeshShape,
+    check_mesh,
+    devices_here,
+    devices_of_all,
+)
 from jaxgrad.options import AnalyzeOptions, Choice, MeasureSettings
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
@@ -109,6 +115,7 @@ def plan_run(
     *,
     mesh: MeshShape | None = ONE_DEVICE,
     loaded: int = 0,
+    across: bool = False,
 ) -> RunPlan:
     """Settles a run: tokens, mesh, batches, memory.
 
@@ -118,6 +125,7 @@ def plan_run(
         options: what to measure. A `batch_tokens` or `layerwise` that is given is kept.
         mesh: the mesh to run on; None lets the model's size decide (see `settle_mesh`).
         loaded: bytes that a device holds of the weights already.
+        across: whether the model's size may choose a mesh that spans the processes.
 
     Raises:
         UserError: an option that does not fit the model; or on an accelerator one example needs more
@@ -129,7 +137,7 @@ def plan_run(
     settings = settings_for(options, config)
     tokenized = tokenize_examples(model, examples, options)
     rows = choose_row_shapes(tokenized, max_length=options.max_length)
-    mesh = settle_mesh(mesh, settings, options, config, rows)
+    mesh = settle_mesh(mesh, settings, options, config, rows, across=across)
     options, settings, choice = fit_batches(
         options, settings, config, rows, loaded=loaded, mesh=mesh
     )
@@ -219,13 +227,24 @@ def settle_mesh(
     options: AnalyzeOptions,
     config: DecoderConfig,
     rows: Sequence[RowShape],
+    *,
+    across: bool = False,
 ) -> MeshShape:
     """The mesh that is asked for; for None ("auto") the one that this model needs on these devices.
 
     A model that fits on one device with its longest example stays whole. Otherwise its weights are split
     over as few devices as possible: a power of two that divides its heads. The examples are split over
-    all other accelerators of this process. On a CPU "auto" is one device: the devices of a CPU share its
-    memory and its cores.
+    all other accelerators of this process. Where it does not fit on all of them, but on those of all
+    processes, the mesh spans the processes, if it may. On a CPU "auto" is one device: the devices of a
+    CPU share its memory and its cores.
+
+    Args:
+        asked: the mesh to take; None for "auto".
+        settings: what is measured.
+        options: the dtype, and whether layers may be reduced one by one.
+        config: the model.
+        rows: padded sizes of the examples.
+        across: whether the mesh may span the processes.
 
     Raises:
         UserError: no weight divides by the mesh.
@@ -234,17 +253,21 @@ def settle_mesh(
         check_mesh(config, asked)
         return asked
     num_devices = len(jax.local_devices())
-    if jax.default_backend() == "cpu" or num_devices == 1:
+    in_all = devices_of_all() if across else 0
+    if jax.default_backend() == "cpu" or max(num_devices, in_all) == 1:
         return ONE_DEVICE
-    at_hand = memory_at_hand()
-    mesh, num_model = ONE_DEVICE, 1
-    while num_model <= num_devices and config.num_heads % num_model == 0:
-        mesh = MeshShape(num_devices // num_model, num_model)
-        needed = _one_example_needs(settings, options, config, set(rows), mesh)
-        if at_hand is None or needed <= USABLE * at_hand:
-            break
-        num_model *= 2
-    return mesh
+    at_hand, most = memory_at_hand(), ONE_DEVICE
+    for count in (num_devices, in_all):
+        num_model = 1
+        while num_model <= count and config.num_heads % num_model == 0:
+            if count == in_all and count % num_model:
+                break  # a mesh across processes takes equally many devices of each
+            mesh = MeshShape(count // num_model, num_model)
+            needed = _one_example_needs(settings, options, config, set(rows), mesh)
+            if at_hand is None or needed <= USABLE * at_hand:
+                return mesh
+            most, num_model = mesh, 2 * num_model
+    return most
 
 
 def _may_be_layerwise(settings: MeasureSettings, options: AnalyzeOptions, mesh: MeshShape) -> bool:
@@ -300,11 +323,11 @@ def fit_batches(
             f"layers, so it has many at once; give --layerwise=no, or --mesh={mesh.num_devices}x1"
         )
     # A dry run's devices need not be there. What they have is then not known.
-    are_here = mesh.num_devices <= len(jax.local_devices())
-    at_hand = memory_at_hand() if are_here else None
+    here = devices_here(mesh)
+    at_hand = memory_at_hand() if here is not None else None
     on_cpu = jax.default_backend() == "cpu"
     if at_hand is not None and on_cpu:
-        at_hand = at_hand // mesh.num_devices + loaded
+        at_hand = at_hand // (here or 1) + loaded
     given = options.batch_tokens
     default = default_batch_tokens() * mesh.data if given is None else given
 

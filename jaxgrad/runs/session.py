@@ -14,7 +14,13 @@ from jaxgrad.data.read import DataSet
 from jaxgrad.data.tokens import tokens_digest
 from jaxgrad.measure.memory import resident_bytes
 from jaxgrad.measure.programs import Programs
-from jaxgrad.models.sharding import MeshShape, make_mesh, parse_mesh, replicated_line
+from jaxgrad.models.sharding import (
+    MeshShape,
+    make_mesh,
+    parse_mesh,
+    replicated_line,
+    spans_processes,
+)
 from jaxgrad.options import AnalyzeOptions, MeasureSettings, ModelOptions
 from jaxgrad.processes import stopping
 from jaxgrad.processes.group import ALONE, Exchange, Group
@@ -75,10 +81,17 @@ class Session:
     @property
     def model(self) -> LoadedModel:
         """The model with its weights, on the mesh of the first plan."""
+        return self._loaded(None)
+
+    def _loaded(self, exchange: Exchange | None) -> LoadedModel:
+        """The model. With an exchange the processes share the reading, if their mesh spans them."""
         if self._model is None:
             mesh = make_mesh(self._mesh_shape or MeshShape())
             self._model = self.checkpoint.load(
-                self.options.dtype, mesh=mesh, progress=self._progress
+                self.options.dtype,
+                mesh=mesh,
+                progress=self._progress,
+                exchange=exchange if spans_processes(mesh) else None,
             )
         return self._model
 
@@ -94,7 +107,12 @@ class Session:
         """
         loaded = 0 if self._model is None else self._model.weight_bytes
         plan = plan_run(
-            self.checkpoint, data.examples, options, mesh=self._mesh_shape, loaded=loaded
+            self.checkpoint,
+            data.examples,
+            options,
+            mesh=self._mesh_shape,
+            loaded=loaded,
+            across=self._group.num_processes > 1 and self._group.leads,
         )
         self._mesh_shape = plan.mesh
         return plan
@@ -138,6 +156,7 @@ class Session:
         programs = self.programs_for(plan)
         tally_at_start = programs.tally
         self._introduce(plan, programs, asked, say)
+        self._loaded(exchange)
         identity = self._identity(plan, asked)
         compare_with_leader(exchange, identity)
         info = self._session_info(plan, asked.data)
@@ -163,9 +182,18 @@ class Session:
         """The plan with what process 0 chooses by its memory, so that all plan the same batches."""
         if self._group.leads:
             plan = self.plan(asked.data, asked.options)
-            exchange.from_leader(lambda: [plan.options.batch_tokens, plan.options.layerwise])
+            spans = spans_processes(make_mesh(plan.mesh))
+            exchange.from_leader(
+                lambda: [
+                    plan.options.batch_tokens,
+                    plan.options.layerwise,
+                    spans and list(plan.mesh),
+                ]
+            )
             return plan
-        batch_tokens, layerwise = exchange.from_leader(lambda: None)
+        batch_tokens, layerwise, spanning = exchange.from_leader(lambda: None)
+        if spanning:
+            self._mesh_shape = MeshShape(*spanning)
         options = dataclasses.replace(asked.options, batch_tokens=batch_tokens, layerwise=layerwise)
         return self.plan(asked.data, options)
 
@@ -180,6 +208,11 @@ class Session:
             warn = say if self._group.leads else self._group.warn
             for line in memory_warnings(plan.choice):
                 warn(line)
+        if programs.spans:
+            say(
+                f"mesh {plan.mesh} spans {self._group.num_processes} processes, which compute every batch "
+                "together"
+            )
         whole = replicated_line(plan.config, plan.mesh)
         if whole is not None:
             say(whole)

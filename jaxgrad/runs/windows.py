@@ -5,14 +5,15 @@ import time
 import zlib
 from base64 import b85decode, b85encode
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from jaxgrad.checkpoints import LoadedModel
 from jaxgrad.data.batches import Batch, BatchShape
-from jaxgrad.errors import OutputError
+from jaxgrad.errors import OutputError, UserError
 from jaxgrad.measure.programs import CompileTally, Programs
 from jaxgrad.measure.rows import skipped_result
 from jaxgrad.measure.stream import measured
@@ -138,6 +139,9 @@ def run_windows(
     which batches are done already; the rest is divided. Window w is merged by process w modulo their
     number, so no two processes write one file.
 
+    On a mesh that spans the processes all of them compute every batch, together, and each writes its
+    share. Before each batch they agree on it, so all stop after the same one.
+
     Args:
         store: open.
         windows: of the plan.
@@ -179,18 +183,25 @@ def run_windows(
         stopping.note_progress(done, total)
         bar.update(done - bar.n)
 
-    if share.batches:
+    mine = {id(planned) for planned in share.batches}
+    computed = left if programs.spans else share.batches
+    begin = together(programs, exchange) if programs.spans else _always
+    if computed:
         # Compiled here, where nothing is in flight that a request to stop would wait for.
-        programs.memory(share.batches[0].content.shape)
+        programs.memory(computed[0].content.shape)
     told: set[BatchShape] = set()
     with bar, stopping.finishing_batches():
         show()
         # First the windows whose batches are all recorded but not merged.
         share.merge_finished_windows()
-        rest = [(windows[planned.window].tokenized, planned.content) for planned in share.batches]
-        results = measured(programs, model, rest, stop=stopping.requested)
-        for planned, rows in zip(share.batches, results, strict=False):
-            share.write(planned, rows)
+        rest = [(windows[planned.window].tokenized, planned.content) for planned in computed]
+        stop = _never if programs.spans else stopping.requested
+        results = measured(programs, model, rest, stop=stop, begin=begin)
+        if programs.spans:
+            results = _until_others_end(results, group)
+        for planned, rows in zip(computed, results, strict=False):
+            if id(planned) in mine:
+                share.write(planned, rows)
             for shape, half in programs.halves.items():
                 if shape not in told:
                     say(halved_line(shape, half))
@@ -201,6 +212,54 @@ def run_windows(
         exchange.wait_for_all(meanwhile=show)
         show()
     return share.num_written
+
+
+def together(programs: Programs, exchange: Exchange) -> Callable[[BatchShape], bool]:
+    """What the processes of a mesh that spans them do before each batch: they agree on it.
+
+    They come to its program at the same time, so none waits in a collective while another compiles.
+
+    Returns:
+        A function of the batch's shape: whether to compute it. It is false in all processes alike, once
+        one was asked to stop or has ended.
+
+    Raises:
+        UserError: (the function) the processes would run different programs.
+    """
+
+    def begin(shape: BatchShape) -> bool:
+        program = programs.memory(shape).shape  # compiled; a smaller one where it takes too much
+        sizes = [program.num_examples, program.num_tokens, program.num_responses]
+        votes = exchange.vote([stopping.requested(), sizes])
+        if votes is None or any(asked for asked, _ in votes):
+            return False
+        for process, (_, theirs) in enumerate(votes):
+            if theirs != sizes:
+                raise UserError(
+                    f"a batch of {shape.num_examples} x {shape.num_tokens} tokens is measured as "
+                    f"{sizes[0]} x {sizes[1]} here and as {theirs[0]} x {theirs[1]} in process {process}, "
+                    "for want of memory; give a smaller --batch_tokens and another --output_dir"
+                )
+        return True
+
+    return begin
+
+
+def _always(shape: BatchShape) -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+def _until_others_end(results: Iterator[Any], group: Group) -> Iterator[Any]:
+    """The results. A program fails where another process has ended: then this one ends, too."""
+    try:
+        yield from results
+    except jax.errors.JaxRuntimeError:
+        group.await_verdict()
+        raise
 
 
 def _num_examples(batches: Sequence[PlannedBatch]) -> int:
