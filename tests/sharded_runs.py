@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     # Eight devices may share two cores, so a device's thread may wait long for the others.
     os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count="
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
         f"{4 if 'JAXGRAD_TEST_PROCESS' in os.environ else 8} "
         "--xla_cpu_collective_call_terminate_timeout_seconds=600"
     )

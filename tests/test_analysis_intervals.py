@@ -247,7 +247,7 @@ def test_what_cannot_be_asked():
 # Random curves of 18 layers with steps of 0.5 on a level of 10, where a layer's mean of 100 examples
 # has a standard error of 0.5: MAD is biased upward by a fifth there. Percentile fails (the last test),
 # BCa too; the docstring of `intervals` has the figures for other sizes.
-NUM_STUDIES, NUM_EXAMPLES = 1000, 100
+NUM_STUDIES, NUM_EXAMPLES = 500, 100
 
 
 def coverage(statistic, sets, method, *, paired=False, layers=18, step=0.5, seed=0):

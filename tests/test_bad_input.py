@@ -78,64 +78,6 @@ def test_flags(data, arguments, told):
         assert "--help" in message
 
 
-def test_a_data_file_that_is_missing(tmp_path):
-    message = refused_by_binary("--data_path=none.json", "--output_dir=out", cwd=tmp_path)
-    assert "none.json: no such file" in message
-
-
-def test_a_record_without_output(tmp_path):
-    write_json(tmp_path / "data.json", [*RECORDS, {"instruction": "Say it.", "answer": "it"}])
-    message = refused_by_binary("--data_path=data.json", "--output_dir=out", cwd=tmp_path)
-    assert "data.json: record 2 has no field 'output'" in message
-    assert "'answer'" in message and "--output_field" in message
-
-
-def test_a_data_file_that_is_cut(tmp_path):
-    whole = json.dumps(RECORDS).encode()
-    (tmp_path / "data.json").write_bytes(whole[:-5])
-    message = refused_by_binary("--data_path=data.json", "--output_dir=out", cwd=tmp_path)
-    assert "data.json: broken JSON: " in message
-    # The string that was cut in two begins after the last `": `.
-    assert f"at byte offset {whole.rindex(b': ') + 2} of {len(whole) - 5}" in message
-
-
-def test_an_output_directory_below_a_file(data):
-    message = refused_by_binary(
-        "--data_path=data.json", "--output_dir=data.json/sub/out", cwd=data.parent
-    )
-    assert "data.json/sub/out: a file is in the way" in message
-
-
-@pytest.fixture(scope="module")
-def broken_models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("broken")
-    pickles = write_model(folder / "pickles", weights={})
-    (pickles / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    write_model(folder / "mamba", config={"model_type": "mamba", "architectures": ["Mamba"]})
-    return folder
-
-
-def test_a_model_of_pickles(data, broken_models):
-    message = refused_by_binary(
-        "--data_path=data.json",
-        "--output_dir=out",
-        f"--model_path={broken_models / 'pickles'}",
-        cwd=data.parent,
-    )
-    assert "pickled weights only (pytorch_model.bin): refused" in message
-    assert "convert the model to safetensors first" in message
-
-
-def test_a_model_of_an_unsupported_family(data, broken_models):
-    message = refused_by_binary(
-        "--data_path=data.json",
-        "--output_dir=out",
-        f"--model_path={broken_models / 'mamba'}",
-        cwd=data.parent,
-    )
-    assert "model type 'mamba'" in message and "llama (LlamaForCausalLM)" in message
-
-
 def test_parameters_that_match_nothing(data, model):
     message = refused_by_binary(
         "--data_path=data.json",
@@ -172,6 +114,53 @@ def refusal(data_path: Path, model_path: Path | str, output_dir: Path, **changes
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_a_data_file_that_is_missing(tmp_path, model):
+    message = refusal(tmp_path / "none.json", model, tmp_path / "out")
+    assert "none.json: no such file" in message
+
+
+def test_a_record_without_output(tmp_path, model):
+    records = [*RECORDS, {"instruction": "Say it.", "answer": "it"}]
+    data = write_json(tmp_path / "data.json", records)
+    message = refusal(data, model, tmp_path / "out")
+    assert "data.json: record 2 has no field 'output'" in message
+    assert "'answer'" in message and "--output_field" in message
+
+
+def test_a_data_file_that_is_cut(tmp_path, model):
+    whole = json.dumps(RECORDS).encode()
+    (tmp_path / "data.json").write_bytes(whole[:-5])
+    message = refusal(tmp_path / "data.json", model, tmp_path / "out")
+    assert "data.json: broken JSON: " in message
+    # The string that was cut in two begins after the last `": `.
+    assert f"at byte offset {whole.rindex(b': ') + 2} of {len(whole) - 5}" in message
+
+
+def test_an_output_directory_below_a_file(data, model):
+    message = refusal(data, model, data / "sub" / "out")
+    assert "data.json/sub/out: a file is in the way" in message
+
+
+@pytest.fixture(scope="module")
+def broken_models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("broken")
+    pickles = write_model(folder / "pickles", weights={})
+    (pickles / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    write_model(folder / "mamba", config={"model_type": "mamba", "architectures": ["Mamba"]})
+    return folder
+
+
+def test_a_model_of_pickles(tmp_path, data, broken_models):
+    message = refusal(data, broken_models / "pickles", tmp_path / "out")
+    assert "pickled weights only (pytorch_model.bin): refused" in message
+    assert "convert the model to safetensors first" in message
+
+
+def test_a_model_of_an_unsupported_family(tmp_path, data, broken_models):
+    message = refusal(data, broken_models / "mamba", tmp_path / "out")
+    assert "model type 'mamba'" in message and "llama (LlamaForCausalLM)" in message
 
 
 @pytest.mark.parametrize(

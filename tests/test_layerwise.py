@@ -67,6 +67,8 @@ def test_the_numbers_of_the_reduction_behind_the_backward_pass(selection, num_re
         assert layerwise[name].keys() == expected.keys()
         for field in expected.keys() - {"singular_values", *FINITE_FLAGS}:
             got, want = layerwise[name][field], expected[field]
+            if field == "condition_number":  # beyond this it is the rounding of the smallest value
+                got, want = (np.minimum(numbers, 1e5) for numbers in (got, want))
             assert got.shape == want.shape and got.dtype == want.dtype
             # The smallest values are noise of the largest.
             atol = 1e-6 * expected["sigma_max"].max() if field.startswith(("entry", "sigma")) else 0
@@ -80,7 +82,7 @@ def test_the_numbers_of_the_reduction_behind_the_backward_pass(selection, num_re
         )
 
 
-def test_it_takes_less_memory_and_the_prediction_knows():
+def test_it_takes_less_memory_and_the_prediction_knows(shipped_compiler):
     shape = BatchShape(2, 128, 16)
     work, predicted = {}, {}
     for layerwise in (False, True):

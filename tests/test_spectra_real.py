@@ -13,11 +13,11 @@ import pytest
 from jaxgrad.checkpoints import load_model
 from jaxgrad.data.batches import example_arrays
 from jaxgrad.gradients.factors import example_gradients
-from jaxgrad.spectra import prepare_factors, spectra_of_factors
+from jaxgrad.spectra import prepare_factors, spectra_of_factors, with_jacobi_values
 
 NAMES = ("q", "k", "v", "o")
 LAYERS = np.array([0, 14, 29])
-ALGORITHMS = ["qr", "gram", "build", "build_gram"]
+ALGORITHMS = ["qr", "gram", "build", "build_gram", "jacobi"]
 TEXT = "Add 17 and 25. The units give 12, so write 2 and carry 1; the tens give 1 + 2 + 1 = 4. It is 42."
 # Text, tokens, response tokens: one and two tokens, one token repeated, and texts longer than the short
 # side of k and v (192).
@@ -80,11 +80,12 @@ def reduced(case, algorithm):
     def reduce(layers):
         def reduce_layer(layer):
             inputs, grads = layer
-            found = {}
+            found, groups = {}, []
             for names in (("q", "k", "v"), ("o",)):
                 ways = dict.fromkeys(names, algorithm)
                 shared = {name: grads[name] for name in names}
-                factors = prepare_factors(inputs[names[0]], shared, ways)
+                groups.append(prepare_factors(inputs[names[0]], shared, ways))
+            for factors in with_jacobi_values(groups):
                 found |= spectra_of_factors(factors)
             return {
                 name: {key: value for key, value in columns.items() if key != "singular_values"}

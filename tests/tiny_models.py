@@ -11,6 +11,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# As of OpenBLAS in conftest.py.
+torch.set_num_threads(1)
+
 BOS, EOS, MARK, DEFINED = "<s>", "</s>", "<|mark|>", "<defined>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|mark|>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"

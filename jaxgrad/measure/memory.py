@@ -137,7 +137,6 @@ def predict_memory(
     settings: MeasureSettings,
     shape: BatchShape,
     *,
-    backend: str | None = None,
     mesh: MeshShape = ONE_DEVICE,
 ) -> MemoryPrediction:
     """What measuring one batch needs, on a mesh on each of its devices.
@@ -147,10 +146,9 @@ def predict_memory(
         dtype: of weights and arithmetic.
         settings: what is measured.
         shape: B, T and S.
-        backend: "cpu", "gpu" or "tpu"; None for this process's.
         mesh: the devices need not be there.
     """
-    backend = backend or jax.default_backend()
+    backend = settings.backend
     B, T, S = mesh.rows(shape.num_examples), shape.num_tokens, shape.num_responses
     L, D = config.num_layers, config.width
     size = np.dtype(DTYPES[dtype]).itemsize
@@ -247,6 +245,8 @@ def _reduction(
             "qr": (2 * rows * (num_out + num_in) + 3 * rows * rows) * wide,
             "gram": (rows * (num_out + num_in) + 4 * rows * rows) * 8,
             "build": 3 * matrix * wide,
+            "jacobi": (3 * rows * (num_out + num_in) + 8 * min(rows, max(num_out, num_in)) ** 2)
+            * 4,
             "build_gram": (rows * (num_out + num_in) + 2 * matrix + 3 * short * short) * 8,
         }["build" if settings.method == "dense" else algorithm]
         most = max(most, B * at_once * work)

@@ -24,20 +24,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgrad.data.batches import ExampleArrays
-from jaxgrad.gradients.factors import example_gradients
+from jaxgrad.gradients.factors import Factors, example_gradients
 from jaxgrad.measure.one_device import measure_example
 from jaxgrad.measure.reducers import all_layers_reducers
 from jaxgrad.measure.reduction import (
     Measured,
+    groups_at_once,
     reduce_all_layers,
+    reduce_groups,
     reduce_matrices,
-    reduce_shared_input,
-    shared_inputs,
     take_layers,
     with_columns,
 )
-from jaxgrad.models.sharding import DATA, MODEL, divided, shape_of
+from jaxgrad.models.config import DecoderConfig
+from jaxgrad.models.decoder import PROJECTIONS
+from jaxgrad.models.sharding import DATA, MODEL, divided, parameter_specs, shape_of
 from jaxgrad.options import MeasureSettings
+from jaxgrad.spectra import compiled_for
 
 KV = ("k", "v")
 
@@ -77,11 +80,11 @@ def measure_batch_on(
             out_specs=P(DATA),
             check_vma=False,
         )
-        with jax.default_matmul_precision(settings.precision):
+        with jax.default_matmul_precision(settings.precision), compiled_for(settings.backend):
             return whole_program(state, batch)
     if settings.layerwise:
         raise ValueError("layers are reduced one by one only where the weights are whole")
-    with jax.default_matmul_precision(settings.precision):
+    with jax.default_matmul_precision(settings.precision), compiled_for(settings.backend):
         return _measure_split(graphdef, state, batch, settings, mesh)
 
 
@@ -101,11 +104,13 @@ def _measure_split(
     )(batch)
     # Where kv heads do not divide, attention may leave their gradients on a part of the devices. The
     # compiler has no good way from there to layers, so they are made whole first.
-    if not divided(nnx.merge(graphdef, state, copy=True).config, shape_of(mesh).model)["kv_heads"]:
+    config = nnx.merge(graphdef, state, copy=True).config
+    if not divided(config, shape_of(mesh).model)["kv_heads"]:
         for name in [name for name in KV if name in factors]:
             pair = factors[name]
             factors[name] = pair._replace(output_grad_LTO=_whole(pair.output_grad_LTO, mesh))
             matrices |= {name: _whole(matrices[name], mesh)} if matrices else {}
+    factors = _where_the_passes_leave_them(factors, config, mesh)
     found: Measured = {}
     if settings.method == "dense":
         for name in names:
@@ -118,14 +123,17 @@ def _measure_split(
                 mesh,
             )
     else:
-        for names_of_input in shared_inputs(settings.selection):
-            layers = settings.selection[names_of_input[0]]
-            grads = {name: factors[name].output_grad_LTO for name in names_of_input}
+        for groups in groups_at_once(settings):
+            layers = settings.selection[groups[0][0]]
+            chosen_groups = [
+                (
+                    factors[names[0]].input_LTI,
+                    {name: factors[name].output_grad_LTO for name in names},
+                )
+                for names in groups
+            ]
             found |= _by_layers(
-                lambda chosen: reduce_shared_input(chosen[0], chosen[1], settings),
-                (factors[names_of_input[0]].input_LTI, grads),
-                layers,
-                mesh,
+                lambda chosen: reduce_groups(chosen, settings), chosen_groups, layers, mesh
             )
     if all_layers_reducers(settings):
         # All layers at once: each device of "model" has whole factors of all, and does the same work.
@@ -138,6 +146,32 @@ def _measure_split(
         )
         found = with_columns(found, together(factors, matrices))
     return loss_B, {name: found[name] for name in names}
+
+
+def _where_the_passes_leave_them(
+    factors: dict[str, Factors], config: DecoderConfig, mesh: Mesh
+) -> dict[str, Factors]:
+    """The same factors, split as the weights' outputs and inputs are.
+
+    Without this the compiler gathers each layer's factors inside the loop over layers: M times the traffic
+    of the all-to-all behind it.
+    """
+    weights = {name: ".".join((*PROJECTIONS[name].module, "weight")) for name in factors}
+    specs = parameter_specs(config, weights.values(), shape_of(mesh).model)
+
+    def placed(array_BLTW: jax.Array, axis: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(
+            array_BLTW, NamedSharding(mesh, P(DATA, None, None, axis))
+        )
+
+    found = {}
+    for name, pair in factors.items():
+        # Of a weight [..., O, I]; none of a replicated one.
+        out_axis, in_axis = specs[weights[name]][-2:] or (None, None)
+        found[name] = Factors(
+            placed(pair.input_LTI, in_axis), placed(pair.output_grad_LTO, out_axis)
+        )
+    return found
 
 
 def _whole(array_B: jax.Array, mesh: Mesh) -> jax.Array:

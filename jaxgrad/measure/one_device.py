@@ -22,6 +22,7 @@ from jaxgrad.measure.reduction import (
     with_columns,
 )
 from jaxgrad.options import MeasureSettings
+from jaxgrad.spectra import compiled_for
 
 
 def measure_example(
@@ -54,5 +55,5 @@ def measure_batch(
     graphdef: nnx.GraphDef, state: nnx.State, batch: ExampleArrays, settings: MeasureSettings
 ) -> tuple[jax.Array, Measured]:
     """`measure_example` over a batch: loss [B], columns [B, L, ...]."""
-    with jax.default_matmul_precision(settings.precision):
+    with jax.default_matmul_precision(settings.precision), compiled_for(settings.backend):
         return jax.vmap(lambda example: measure_example(graphdef, state, example, settings))(batch)

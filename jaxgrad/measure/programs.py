@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxgrad.data.batches import BatchShape, ExampleArrays
 from jaxgrad.dtypes import DTYPES
@@ -41,7 +41,7 @@ from jaxgrad.models.sharding import (
     shape_of,
     spans_processes,
 )
-from jaxgrad.options import MeasureSettings
+from jaxgrad.options import Backend, MeasureSettings
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,19 @@ class Programs:
 
     def _compile(self, shape: BatchShape) -> None:
         started = time.perf_counter()
+        program = compile_lowered(self.lowered(shape), self._settings.backend)
+        self._compile_seconds += time.perf_counter() - started
+        self._num_compiled += 1
+        self._compiled[shape] = program
+
+    def lowered(self, shape: BatchShape, device: Any = None) -> Any:
+        """The program for a batch shape as XLA gets it, from `jax.jit`'s `lower`.
+
+        Args:
+            shape: of the batch.
+            device: for a program without a mesh, the device that it is compiled for, or its description
+                (`jax.experimental.topologies`); None for this process's first.
+        """
         T, S = shape.num_tokens, shape.num_responses
         B, where = self._padded(shape), self._batch_sharding
         shapes: list[Any] = [  # in the order of `ExampleArrays`
@@ -144,20 +157,22 @@ class Programs:
             jax.ShapeDtypeStruct((B, S), np.int32, sharding=where),
             jax.ShapeDtypeStruct((B, S), np.float64, sharding=where),
         ]
-        asked = (self._graphdef, self._state, ExampleArrays(*shapes), self._settings)
+        arguments: Any = (self._state, ExampleArrays(*shapes))
+        if device is not None:
+            arguments = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(device)
+                ),
+                arguments,
+            )
+        asked = (self._graphdef, *arguments, self._settings)
         with jax.enable_x64(True):
             if self._mesh is None:
-                lowered = measure_batch.lower(*asked)
-            elif not self.spans:
-                lowered = measure_batch_on.lower(*asked, self._mesh)
-            else:
-                lowered = _whole_everywhere(self._graphdef, self._settings, self._mesh).lower(
-                    *asked[1:3]
-                )
-            program = lowered.compile()
-        self._compile_seconds += time.perf_counter() - started
-        self._num_compiled += 1
-        self._compiled[shape] = program
+                return measure_batch.lower(*asked)
+            if not self.spans:
+                return measure_batch_on.lower(*asked, self._mesh)
+            whole = _whole_everywhere(self._graphdef, self._settings, self._mesh)
+            return whole.lower(*arguments)
 
     @property
     def _batch_sharding(self) -> NamedSharding | None:
@@ -272,6 +287,20 @@ class Programs:
 
 def _device_kind() -> str:
     return jax.local_devices()[0].device_kind
+
+
+def compile_lowered(lowered: Any, backend: Backend) -> Any:
+    """The program compiled, for a TPU at XLA's level O1.
+
+    Its usual level takes three to four times as long to compile the reduction: minutes for each shape.
+    """
+    level = jax.config.values["jax_optimization_level"]
+    if backend == "tpu" and level == "UNKNOWN":  # the caller has set none
+        jax.config.update("jax_optimization_level", "O1")
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_optimization_level", level)
 
 
 def _whole_everywhere(graphdef: nnx.GraphDef, settings: MeasureSettings, mesh: Mesh) -> Any:

@@ -10,7 +10,15 @@ from jaxgrad.gradients.selection import Selection
 from jaxgrad.measure.reducers import all_layers_reducers, layer_reducers, without_unwanted
 from jaxgrad.models.decoder import PROJECTIONS
 from jaxgrad.options import MeasureSettings
-from jaxgrad.spectra import Columns, choose_algorithm, prepare_factors, prepare_matrix
+from jaxgrad.spectra import (
+    Algorithm,
+    Columns,
+    choose_algorithm,
+    prepare_factors,
+    prepare_matrix,
+    target,
+    with_jacobi_values,
+)
 
 # Projection -> column -> array [L, ...] of its selected layers (of a batch [B, L, ...]); besides the
 # columns, `FINITE_FLAGS`.
@@ -20,12 +28,29 @@ Measured = dict[str, Columns]
 def reduce_factors(factors: dict[str, Factors], settings: MeasureSettings) -> Measured:
     """Columns of the selected layers of every selected projection, by the reducers of single layers."""
     found: Measured = {}
-    for names in shared_inputs(settings.selection):
-        layers = settings.selection[names[0]]
-        input_LTI = take_layers(factors[names[0]].input_LTI, layers)
-        grads = {name: take_layers(factors[name].output_grad_LTO, layers) for name in names}
-        found |= reduce_shared_input(input_LTI, grads, settings)
+    for groups in groups_at_once(settings):
+        layers = settings.selection[groups[0][0]]
+        chosen = [
+            (
+                take_layers(factors[names[0]].input_LTI, layers),
+                {name: take_layers(factors[name].output_grad_LTO, layers) for name in names},
+            )
+            for names in groups
+        ]
+        found |= reduce_groups(chosen, settings)
     return found
+
+
+def groups_at_once(settings: MeasureSettings) -> list[list[tuple[str, ...]]]:
+    """The `shared_inputs` that are reduced by one call: on a TPU, which compiles slowly, all of a layer."""
+    inputs = shared_inputs(settings.selection)
+    if settings.backend != "tpu":
+        return [[names] for names in inputs]
+    together: dict[tuple[bool, tuple[int, ...]], list[tuple[str, ...]]] = {}
+    for names in inputs:
+        key = (PROJECTIONS[names[0]].stacked, settings.selection[names[0]])
+        together.setdefault(key, []).append(names)
+    return list(together.values())
 
 
 def shared_inputs(selection: Selection) -> list[tuple[str, ...]]:
@@ -36,33 +61,45 @@ def shared_inputs(selection: Selection) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values()]
 
 
-def reduce_shared_input(
-    input_LTI: jax.Array, grads: dict[str, jax.Array], settings: MeasureSettings
-) -> Measured:
-    """Columns of all layers given, of projections D [L, T, O] that share the input X."""
-    num_tokens, num_in = input_LTI.shape[1:]
-    algorithms = {
+# An input X and, projection -> D, the output gradients that go with it.
+Group = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def reduce_groups(groups: list[Group], settings: MeasureSettings) -> Measured:
+    """Columns of all layers given, of inputs [L, T, I] and their projections' D [L, T, O]."""
+
+    def reduce_layer(groups: list[Group]) -> Measured:
+        prepared = [
+            prepare_factors(input_TI, grads, _algorithms(input_TI, grads, settings))
+            for input_TI, grads in groups
+        ]
+        found: Measured = {}
+        for factors in with_jacobi_values(prepared):
+            parts = [reducer.of_factors(factors) for reducer in layer_reducers(settings)]
+            found |= {
+                name: without_unwanted(merged(part[name] for part in parts), settings)
+                | factors.finite_flags[name]
+                for name in factors.grads
+            }
+        return found
+
+    return over_layers(reduce_layer, groups)
+
+
+def _algorithms(
+    input_TI: jax.Array, grads: dict[str, jax.Array], settings: MeasureSettings
+) -> dict[str, Algorithm]:
+    return {
         name: choose_algorithm(
-            num_tokens,
-            grad_LTO.shape[-1],
-            num_in,
-            backend=jax.default_backend(),
+            grad_TO.shape[0],
+            grad_TO.shape[1],
+            input_TI.shape[1],
+            backend=settings.backend,
             method=settings.method,
-            is_float64=grad_LTO.dtype == jax.numpy.float64,
+            is_float64=grad_TO.dtype == jax.numpy.float64,
         )
-        for name, grad_LTO in grads.items()
+        for name, grad_TO in grads.items()
     }
-
-    def reduce_layer(operands: tuple[jax.Array, dict[str, jax.Array]]) -> Measured:
-        factors = prepare_factors(*operands, algorithms)
-        parts = [reducer.of_factors(factors) for reducer in layer_reducers(settings)]
-        return {
-            name: without_unwanted(merged(part[name] for part in parts), settings)
-            | factors.finite_flags[name]
-            for name in factors.grads
-        }
-
-    return over_layers(reduce_layer, (input_LTI, grads))
 
 
 def reduce_matrices(matrix_LOI: jax.Array, factors: Factors, settings: MeasureSettings) -> Columns:
@@ -112,7 +149,7 @@ def merged(parts: Any) -> Columns:
 
 def over_layers(function: Callable[[Any], Any], operands: Any) -> Any:
     """A loop over layers on the CPU, where batching gains nothing; a batch elsewhere."""
-    if jax.default_backend() == "cpu":
+    if target() == "cpu":
         return jax.lax.map(function, operands)
     return jax.vmap(function)(operands)
 

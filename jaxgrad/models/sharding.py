@@ -282,7 +282,7 @@ def replicated_line(config: DecoderConfig, shape: MeshShape) -> str | None:
 
 
 def parameter_specs(
-    config: DecoderConfig, names: Mapping[str, object], num_model: int
+    config: DecoderConfig, names: Iterable[str], num_model: int
 ) -> dict[str, PartitionSpec]:
     """How each parameter is split.
 

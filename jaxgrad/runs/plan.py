@@ -6,6 +6,7 @@ prints it, the session executes it, the benchmarks use it.
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax
 
@@ -45,7 +46,7 @@ from jaxgrad.models.sharding import (
     devices_here,
     devices_of_all,
 )
-from jaxgrad.options import AnalyzeOptions, Choice, MeasureSettings
+from jaxgrad.options import AnalyzeOptions, Backend, Choice, MeasureSettings
 
 # Consecutive examples that are sorted into batches together and become one part file. More would pad
 # less; fewer would show results sooner.
@@ -170,13 +171,26 @@ def plan_run(
     )
 
 
-def settings_for(options: AnalyzeOptions, config: DecoderConfig) -> MeasureSettings:
+def settings_for(
+    options: AnalyzeOptions, config: DecoderConfig, *, backend: Backend | None = None
+) -> MeasureSettings:
     """What is measured of an example of this model.
+
+    Args:
+        options: what is asked for.
+        config: the model.
+        backend: what programs are made for; None for this process's.
 
     Raises:
         UserError: `parameters` selects none of the model's weights, the loss is unknown, or what is
-            asked for needs all layers at once while `layerwise` is "yes".
+            asked for needs all layers at once while `layerwise` is "yes", or the device has no float64.
     """
+    backend = backend or cast(Backend, jax.default_backend())
+    if backend == "tpu" and options.dtype == "float64":
+        raise UserError(
+            "--dtype=float64: a TPU has no float64 to factorize in; give --dtype=float32, or run on a CPU "
+            "or GPU"
+        )
     settings = MeasureSettings(
         selection=select_parameters(config, options.parameters),
         loss=find_loss(options.loss).name,
@@ -186,6 +200,7 @@ def settings_for(options: AnalyzeOptions, config: DecoderConfig) -> MeasureSetti
         similarity=options.similarity,
         layerwise=options.layerwise == "yes",
         precision=options.precision,
+        backend=backend,
     )
     if settings.layerwise and not can_be_layerwise(settings):
         raise UserError(

@@ -1,7 +1,8 @@
 """Spectra: one gradient's factors or matrix -> numbers, by the names of their columns.
 
-`linalg`, `products` (matrix functions) -> `algorithms` (singular values of D^T X) -> `statistics` (numbers
-from singular values and entries); `similarity` (cosines between gradients).
+`target` (the device that is traced for) -> `linalg`, `products` (matrix functions) -> `algorithms`,
+`block_jacobi` (singular values of D^T X) -> `statistics` (numbers from singular values and entries);
+`similarity` (cosines between gradients).
 """
 
 from jaxgrad.spectra.algorithms import Algorithm, choose_algorithm
@@ -17,7 +18,9 @@ from jaxgrad.spectra.statistics import (
     prepare_matrix,
     spectra_of_factors,
     spectra_of_matrix,
+    with_jacobi_values,
 )
+from jaxgrad.spectra.target import compiled_for, target
 
 __all__ = [
     "FINITE_FLAGS",
@@ -26,6 +29,7 @@ __all__ = [
     "LayerFactors",
     "ScaledMatrix",
     "choose_algorithm",
+    "compiled_for",
     "extremes_of_factors",
     "extremes_of_matrix",
     "matrix_similarities",
@@ -34,4 +38,6 @@ __all__ = [
     "similarities",
     "spectra_of_factors",
     "spectra_of_matrix",
+    "target",
+    "with_jacobi_values",
 ]

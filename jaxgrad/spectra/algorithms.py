@@ -6,9 +6,10 @@
 | gram | float64: X X^T = L L^T, eigenvalues of L^T (D D^T) L | 2e-7, 3e-6 |
 | build | build G, SVD | 9e-7, 1e-5 in float32; 600 equal tokens: 1.4e-5, 2e-4 |
 | build_gram | build G in float64, eigenvalues of its smaller Gram matrix | 2e-7, 4e-6; 1.1e-6, 2.1e-5 |
+| jacobi | float32, by products of matrices (`block_jacobi`) | 1e-6, 1e-6; 3.7e-6, 6.9e-5 |
 
-Errors are against float64 singular values, on real factors. `build` is for float64 and for TPUs. Float32
-Gram matrices lose the tail of the spectrum (7e-3 on the nuclear norm) and are not offered.
+Errors are against float64 singular values, on real factors. `build` is for float64, `jacobi` for TPUs.
+Float32 Gram matrices lose the tail of the spectrum (7e-3 on the nuclear norm) and are not offered.
 """
 
 from typing import Literal
@@ -24,7 +25,7 @@ from jaxgrad.spectra.linalg import (
 )
 from jaxgrad.spectra.products import HIGHEST, congruent, gram_matrix, upper_product
 
-Algorithm = Literal["qr", "gram", "build", "build_gram"]
+Algorithm = Literal["qr", "gram", "build", "build_gram", "jacobi"]
 
 # On a CPU a float64 Gram matrix is faster than a float32 QR from this width on (1.1 to 1.2 times at 1536
 # and 4096, T = 256), and up to so many tokens (1.05 times at 192; at 256 the QR is 1.15 times faster).
@@ -48,17 +49,20 @@ def choose_algorithm(
         num_out: O, rows of G.
         num_in: I, columns of G.
         backend: "cpu", "gpu" or "tpu".
-        method: "auto", or "factored" to never build G.
+        method: "auto", or "factored" to never build G (on a TPU: unless T is beyond O and I).
         is_float64: whether the factors are float64. Then no Gram matrix is used: it squares, so in float64
             it keeps all digits of float32 factors, but only half of those of float64 ones.
     """
-    # What decides is fast float64: CPUs and data-centre GPUs have it, TPUs emulate it.
+    if backend == "tpu" and not is_float64:
+        # Its QR and SVD take minutes to compile for each shape, and it has no float64.
+        return "jacobi"
+    # What decides is fast float64: CPUs and data-centre GPUs have it.
     gram_is_faster = num_in >= CPU_GRAM_WIDTH or num_tokens <= CPU_GRAM_TOKENS
     prefers_gram = backend == "gpu" or (backend == "cpu" and gram_is_faster)
     prefers_gram = prefers_gram and not is_float64
     if method == "factored" or num_tokens <= min(num_out, num_in):
         return "gram" if prefers_gram else "qr"
-    if is_float64 or backend == "tpu":
+    if is_float64:
         return "build"
     # A float32 SVD of the built matrix would be faster, but its smallest values are noise if many tokens
     # repeat (2e-4 on the effective rank).

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgrad.spectra.target import target
+
 # From this size on, a separate call makes the matrix tridiagonal: for the one inside `_values_only`, jaxlib
 # allots too little work space for blocks. 1.3 times faster at 192 and 256, 1.5 at 448.
 TRIDIAGONAL_ROWS = 160
@@ -24,8 +26,7 @@ def _loop_on_cpu(call: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array]
     looped = jax.custom_batching.sequential_vmap(call)
 
     def choose(matrix: jax.Array) -> jax.Array:
-        # jaxgrad runs everything on the default backend.
-        return looped(matrix) if jax.default_backend() == "cpu" else call(matrix)
+        return looped(matrix) if target() == "cpu" else call(matrix)
 
     choose.__doc__ = call.__doc__
     return choose
@@ -46,7 +47,7 @@ def singular_values(matrix_MN: jax.Array) -> jax.Array:
 @_loop_on_cpu
 def symmetric_eigenvalues(matrix_NN: jax.Array) -> jax.Array:
     """Eigenvalues [N] of a symmetric matrix, ascending; without eigenvectors if jaxlib allows it."""
-    if jax.default_backend() == "cpu" and _has_values_only():
+    if target() == "cpu" and _has_values_only():
         if matrix_NN.shape[-1] >= TRIDIAGONAL_ROWS:
             _, diagonal_N, beside_N, _ = jax.lax.linalg.tridiagonal(matrix_NN)
             # `_values_only` reads the diagonal and the upper triangle only.
@@ -93,6 +94,12 @@ def _has_values_only() -> bool:
         # An unknown target or signature may raise anything; the public call does the same, slower.
         return False
     return all(np.allclose(values, [1.0, 3.0], rtol=1e-5) for values in found)
+
+
+@_loop_on_cpu
+def symmetric_eigenvectors(matrix_NN: jax.Array) -> jax.Array:
+    """Eigenvectors [N, N] of a symmetric matrix, as columns, those of small eigenvalues first."""
+    return jnp.linalg.eigh(matrix_NN, symmetrize_input=False).eigenvectors
 
 
 @_loop_on_cpu

@@ -13,6 +13,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from jaxgrad.spectra.target import target
+
 HIGHEST = jax.lax.Precision.HIGHEST
 # Least rows of a strip: smaller products are slow (measured at 256 and 448 rows).
 STRIP_ROWS = 112
@@ -60,7 +62,7 @@ def _product(left_MK: jax.Array, right_KN: jax.Array) -> jax.Array:
 
 def _strips(num_rows: int) -> list[slice]:
     """Equal strips of the rows; on a CPU as many as `STRIP_ROWS` allows, elsewhere one."""
-    count = max(1, num_rows // STRIP_ROWS) if jax.default_backend() == "cpu" else 1
+    count = max(1, num_rows // STRIP_ROWS) if target() == "cpu" else 1
     bounds = [num_rows * index // count for index in range(count + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 

@@ -20,6 +20,7 @@ from jaxgrad.dtypes import at_least_float32
 from jaxgrad.projections import PARTNERS
 from jaxgrad.spectra.products import HIGHEST, gram_matrix
 from jaxgrad.spectra.statistics import Columns, scale_to_one
+from jaxgrad.spectra.target import target
 
 TILE_ROWS = 128  # rows of each gradient in memory at a time
 
@@ -139,6 +140,8 @@ def _flat_inner(
         rows = jnp.matmul(operands[0].T, input_TI, precision=HIGHEST).reshape(-1)
         other_rows = jnp.matmul(operands[1].T, other_input_TI, precision=HIGHEST).reshape(-1)
         wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+        if target() == "tpu":  # which emulates float64
+            return jnp.sum(rows * other_rows).astype(wide)
         return jnp.sum((rows * other_rows).astype(wide))
 
     pairs = (tiles(grad_TO, per_tile * unit), tiles(other_grad_TO, per_tile * other_unit))

@@ -15,6 +15,7 @@ Numbers are float64 where the backend runs with x64, else float32; `rank_bound` 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ from jaxgrad.spectra.algorithms import (
     factored_values,
     prepare_input,
 )
+from jaxgrad.spectra.block_jacobi import gradient_values, matrix_values
 from jaxgrad.spectra.linalg import singular_values
+from jaxgrad.spectra.target import target
 
 EFFECTIVE_RANK_FLOOR = 1e-12  # a nuclear norm below has no effective rank (design, section 1)
 EXTREMES_TILE = 128  # rows of G in memory at a time while its extremes are sought
@@ -57,7 +60,9 @@ class ScaledMatrix:
 
     def scaled_back(self, value: jax.Array) -> jax.Array:
         """The gradient's number, from that of the scaled matrix; NaN if the gradient is not finite."""
-        return jnp.where(self.finite, jnp.ldexp(value, self.exponent), jnp.nan)
+        return jnp.where(
+            self.finite, times_power_of_two(value, self.exponent, self.values.dtype), jnp.nan
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +74,15 @@ class LayerFactors:
         grads: projection -> D.
         algorithms: projection -> how its singular values are taken.
         finite_flags: projection -> whether X and whether D are finite, by the names of `FINITE_FLAGS`.
+        values: projection -> singular values [min(T, O, I)] of the scaled gradient, of those by "jacobi"
+            (`with_jacobi_values`).
     """
 
     input_TI: jax.Array
     grads: dict[str, ScaledMatrix]
     algorithms: dict[str, Algorithm]
     finite_flags: dict[str, Columns]
+    values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 # They show where a NaN first appeared. They are not stored as columns.
@@ -132,17 +140,36 @@ def prepare_matrix(
     return scaled, dict(zip(FINITE_FLAGS, found, strict=True))
 
 
+def with_jacobi_values(groups: list[LayerFactors]) -> list[LayerFactors]:
+    """The same factors, with the singular values of all that are taken by "jacobi", in one call."""
+    taken = [
+        (
+            factors.input_TI,
+            {n: g.values for n, g in factors.grads.items() if factors.algorithms[n] == "jacobi"},
+        )
+        for factors in groups
+    ]
+    values = gradient_values([pair for pair in taken if pair[1]])
+    return [
+        dataclasses.replace(factors, values={name: values[name] for name in grads})
+        for factors, (_, grads) in zip(groups, taken, strict=True)
+    ]
+
+
 def spectra_of_factors(factors: LayerFactors) -> dict[str, Columns]:
     """Projection -> the columns `SPECTRA` of its gradient.
 
     X is factorized once per algorithm in use.
     """
-    ways = sorted(set(factors.algorithms.values()))
+    ways = sorted(set(factors.algorithms.values()) - {"jacobi"})
     prepared = {way: prepare_input(factors.input_TI, way) for way in ways}
     found = {}
     for name, grad in factors.grads.items():
         way = factors.algorithms[name]
-        sigma_R = factored_values(prepared[way], grad.values, way)
+        if way == "jacobi":
+            sigma_R = factors.values[name]
+        else:
+            sigma_R = factored_values(prepared[way], grad.values, way)
         mean = _entry_mean(factors.input_TI, grad.values)
         found[name] = _describe(sigma_R, mean, grad)
     return found
@@ -150,6 +177,9 @@ def spectra_of_factors(factors: LayerFactors) -> dict[str, Columns]:
 
 def spectra_of_matrix(matrix: ScaledMatrix) -> Columns:
     """The same columns of a gradient matrix, by its full SVD: the definition."""
+    if target() == "tpu":
+        mean = _row_sums(matrix.values).mean() / matrix.shape[1]
+        return _describe(matrix_values(matrix.values), mean, matrix)
     return _describe(singular_values(matrix.values), _wide(matrix.values).mean(), matrix)
 
 
@@ -163,8 +193,8 @@ def extremes_of_factors(factors: LayerFactors) -> dict[str, Columns]:
 
 def extremes_of_matrix(matrix: ScaledMatrix) -> Columns:
     """The same columns of a gradient matrix."""
-    entries = _wide(matrix.values)
-    return _extreme_columns(entries.max(), entries.min(), matrix)
+    entries = matrix.values
+    return _extreme_columns(_wide(entries.max()), _wide(entries.min()), matrix)
 
 
 def _extreme_columns(largest: jax.Array, smallest: jax.Array, matrix: ScaledMatrix) -> Columns:
@@ -202,15 +232,44 @@ def scale_to_one(array: jax.Array, largest: jax.Array | None = None) -> tuple[ja
         largest: its largest magnitude, if known.
     """
     _, exponent = jnp.frexp(jnp.max(jnp.abs(array)) if largest is None else largest)
-    # In two steps, because 2^-exponent overflows for the smallest normal numbers. By multiplication,
-    # because `ldexp` of every entry takes twenty times as long: 4 ms of a layer's 29 at Qwen2-1.5B's shape.
-    half, one = exponent // 2, jnp.ones((), array.dtype)
-    return array * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent), exponent
+    # By multiplication, because `ldexp` of every entry takes twenty times as long: 4 ms of a layer's 29 at
+    # Qwen2-1.5B's shape. In two steps, because 2^-exponent overflows for the smallest normal numbers.
+    return times_power_of_two(array, -exponent, array.dtype), exponent
+
+
+def times_power_of_two(value: jax.Array, exponent: jax.Array, exponents_of: Any) -> jax.Array:
+    """value 2^exponent, exactly where the result is a normal number.
+
+    Made from the bits of two powers: XLA has no `ldexp` of float64 for TPUs.
+
+    Args:
+        value: any shape, float.
+        exponent: int32.
+        exponents_of: the dtype whose exponents these are, float32 or float64.
+    """
+    half = exponent // 2
+    for part in (half, exponent - half):
+        value = value * _power_of_two(part, exponents_of).astype(value.dtype)
+    return value
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """2^exponent, a normal number of this dtype."""
+    bits = jnp.finfo(dtype)
+    as_integer = jnp.int64 if bits.bits == 64 else jnp.int32
+    biased = exponent.astype(as_integer) + (1 - bits.minexp)
+    shift = jnp.asarray(bits.nmant, as_integer)
+    return jax.lax.bitcast_convert_type(jax.lax.shift_left(biased, shift), dtype)
+
+
+def _row_sums(array: jax.Array) -> jax.Array:
+    """Sums over the last axis, wide. A TPU emulates float64, so there only the sums are of it."""
+    return _wide(array.sum(-1)) if target() == "tpu" else _wide(array).sum(-1)
 
 
 def _entry_mean(input_TI: jax.Array, output_grad_TO: jax.Array) -> jax.Array:
     """Mean of D^T X = sum_t (sum_o D_to) (sum_i X_ti) / (O I)."""
-    by_token = _wide(output_grad_TO).sum(-1) * _wide(input_TI).sum(-1)
+    by_token = _row_sums(output_grad_TO) * _row_sums(input_TI)
     return by_token.sum() / (input_TI.shape[-1] * output_grad_TO.shape[-1])
 
 
