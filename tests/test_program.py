@@ -22,8 +22,9 @@ from jaxgrad.options import MeasureSettings
 CONFIG = tiny_config(num_layers=2, tied_embeddings=True)
 
 
-def make_programs():
-    return program.Programs(CONFIG, "float32", MeasureSettings(select_parameters(CONFIG, "q_proj")))
+def make_programs(**settings):
+    asked = MeasureSettings(select_parameters(CONFIG, "q_proj"), **settings)
+    return program.Programs(CONFIG, "float32", asked)
 
 
 def blas_threads():
@@ -159,6 +160,18 @@ def test_a_batch_too_large_for_the_memory_is_measured_in_parts(monkeypatch, wher
     assert [small.num_examples for small in programs.halves.values()] == [3, 2]
     if where == "compiling":
         assert make_programs().memory(shape).shape.num_examples == 2
+
+
+def test_a_program_beyond_the_memory_by_xlas_account_never_runs(monkeypatch):
+    state, arrays, shape = random_state(), batch_of([8, 7, 8, 6]), BatchShape(4, 8, 4)
+    loss_B, _ = make_programs().measure(state, shape, arrays)
+    limit = make_programs(backend="gpu").memory(BatchShape(2, 8, 4)).total
+    monkeypatch.setattr(program, "memory_at_hand", lambda: limit)
+    programs = make_programs(backend="gpu")
+    loss_P, _ = programs.measure(state, shape, arrays)
+    np.testing.assert_allclose(loss_P, loss_B, rtol=1e-6)
+    assert programs.halves == {shape: programs.memory(shape).shape}
+    assert programs.memory(shape).total <= limit
 
 
 def test_one_example_too_large_for_the_memory_is_an_error_that_says_what_to_do(monkeypatch):

@@ -231,7 +231,7 @@ def _reduction(
     B, T = mesh.rows(shape.num_examples), shape.num_tokens
     sizes, selection = projection_sizes(config), settings.selection
     wide = max(size, 4)
-    most = 0
+    most = together = 0
     for name in selection.names:
         num_out, num_in = sizes[name]
         rows = T if PROJECTIONS[name].stacked else shape.num_responses
@@ -249,7 +249,9 @@ def _reduction(
             * 4,
             "build_gram": (rows * (num_out + num_in) + 2 * matrix + 3 * short * short) * 8,
         }["build" if settings.method == "dense" else algorithm]
-        most = max(most, B * at_once * work)
+        # By "jacobi" all projections are reduced at once.
+        together += B * at_once * work if algorithm == "jacobi" else 0
+        most = max(most, B * at_once * work, together)
     if settings.similarity:
         # D scaled and cut into tiles of rows, and the rows of every layer's gradient in one tile.
         for name in selection.names:

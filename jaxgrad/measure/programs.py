@@ -3,13 +3,14 @@
 XLA compiles for fixed shapes. Compilations that nobody sees are the commonest way to lose time. So programs
 are compiled ahead of time, one a shape, and a run prints how many there were.
 
-A batch that runs out of the device's memory is measured in two halves, and so are all later batches of its
-shape.
+A batch whose program needs more than an accelerator's memory by XLA's account, or that runs out of it, is
+measured in two halves, and so are all later batches of its shape.
 
 On a mesh that spans processes all of them run the same programs in the same order, and each gets all
 results. There a batch is halved only where it does not compile, which all find alike.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from jaxgrad.dtypes import DTYPES
 from jaxgrad.errors import UserError
 from jaxgrad.gradients.selection import Selection
 from jaxgrad.measure.blas import single_threaded_blas
-from jaxgrad.measure.memory import batches_in_flight
+from jaxgrad.measure.memory import batches_in_flight, memory_at_hand
 from jaxgrad.measure.on_mesh import measure_batch_on
 from jaxgrad.measure.one_device import measure_batch
 from jaxgrad.measure.reduction import Measured
@@ -183,7 +184,7 @@ class Programs:
         return self.mesh_shape.rows(shape.num_examples) * self.mesh_shape.data
 
     def memory(self, shape: BatchShape) -> CompiledMemory:
-        """What the program for `shape` needs; compiles it, or the largest part of it that compiles.
+        """What the program for `shape` needs; compiles it, or the largest part of it that fits.
 
         Raises:
             UserError: not even one example compiles within the device's memory.
@@ -193,16 +194,25 @@ class Programs:
                 shape = self._halves[shape]
                 continue
             try:
-                stats = self.compiled(shape).memory_analysis()
-                break
+                account = self._account(shape)
+                if account.total <= self._limit():
+                    return account
             except jax.errors.JaxRuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             self._halve(shape)
+
+    def _account(self, shape: BatchShape) -> CompiledMemory:
+        stats = self.compiled(shape).memory_analysis()
         weights = sum(bytes_on_a_device(leaf) for leaf in jax.tree.leaves(self._state))
         # A backend without the account has no work space to tell.
         work = stats.temp_size_in_bytes + stats.output_size_in_bytes if stats is not None else 0
         return CompiledMemory(weights, work, shape, self.mesh_shape)
+
+    def _limit(self) -> float:
+        """Bytes that a program may need: an accelerator's memory. A CPU's swap may help, so it has none."""
+        at_hand = None if self._settings.backend == "cpu" else memory_at_hand()
+        return math.inf if at_hand is None else at_hand
 
     def measure(
         self, state: nnx.State, shape: BatchShape, arrays: ExampleArrays
@@ -215,6 +225,8 @@ class Programs:
         Raises:
             UserError: the memory is too small for one example.
         """
+        if shape not in self._halves and not self.spans and self._limit() < math.inf:
+            self.memory(shape)  # halved before it runs, where XLA's account is beyond the memory
         if shape not in self._halves:
             try:
                 return self._measure_whole(state, shape, arrays)
