@@ -34,6 +34,8 @@ from jaxgrad.spectra.similarity import TILE_ROWS
 DEFAULT_BATCH_TOKENS = {"cpu": 512, "gpu": 8192, "tpu": 8192}
 # Where the weights are split: arrays of the stream's size that are sums over devices, of one layer.
 SUM_ARRAYS = 4
+# Arrays of the stream's size that a layer keeps in float32.
+WIDE_STREAM_ARRAYS = 4
 # Arrays of the scores' size, T x T a head, of the one layer that is differentiated.
 SCORE_ARRAYS = 3.0
 # Arrays [B, positions, V] of the loss; positions are at most a chunk of them (`gradients.loss.CHUNK`).
@@ -159,6 +161,8 @@ def predict_memory(
     own = sizes_on(config, mesh)
 
     residuals = B * L * T * kept_numbers(config, mesh) * active
+    # Norms are float32 whatever the dtype, and what they keep of the stream is, too.
+    residuals += B * L * T * WIDE_STREAM_ARRAYS * D * (wide - active)
     scores = SCORE_ARRAYS * B * own.heads * T * T * wide
     copy = (own.parameters if emulated else own.layer_parameters) * active
 
