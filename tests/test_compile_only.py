@@ -21,7 +21,7 @@ def compile_only(*flags):
         text=True, capture_output=True, timeout=1200, env=environment | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    return done.returncode, json.loads(lines[-1]) if lines else None, done.stderr
+    return done.returncode, None if done.returncode == 2 else json.loads(lines[-1]), done.stderr
 
 
 def programs_of(*flags):

@@ -288,7 +288,7 @@ def test_weights_that_cannot_be_read_are_tried_once_more_and_cost_their_model(
 ):
     tried = []
 
-    def load(self, dtype, *, mesh=None, progress=False):
+    def load(self, dtype, *, mesh=None, progress=False, exchange=None):
         tried.append(self.name)
         raise UserError("the weights are damaged")
 
