@@ -16,8 +16,8 @@ from _common import ROOT
 from jaxgrad.errors import UserError
 
 COMPILERS = ROOT / ".venv" / "compilers"
-# How a topology of a few chips is named, at least as many as a mesh has.
-TPU_KINDS = {"v5e": "v5e:{0}x{1}", "v6e": "v6e:{0}x{1}", "v5p": "v5p:{0}x{1}x1"}
+# The names of topologies of `MOST_DEVICES` chips.
+TPU_KINDS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 GPU_KINDS = {"h100": "h100_sxm.txtpb"}
 TARGETS = [*(f"tpu:{kind}" for kind in TPU_KINDS), *(f"cuda:{kind}" for kind in GPU_KINDS)]
 MOST_DEVICES = 4
@@ -61,7 +61,7 @@ def find_target(name: str) -> Target:
     if platform == "tpu":
         _need("libtpu", name)
         given: dict[str, Any] = {
-            "topology_name": TPU_KINDS[kind].format(2, 2),
+            "topology_name": TPU_KINDS[kind],
             "chips_per_host_bounds": [2, 2, 1],
         }
         backend = "tpu"

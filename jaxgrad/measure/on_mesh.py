@@ -30,6 +30,7 @@ from jaxgrad.measure.reducers import all_layers_reducers
 from jaxgrad.measure.reduction import (
     Measured,
     groups_at_once,
+    paired,
     reduce_all_layers,
     reduce_groups,
     reduce_matrices,
@@ -102,14 +103,11 @@ def _measure_split(
         ),
         spmd_axis_name=DATA,
     )(batch)
-    # Where kv heads do not divide, attention may leave their gradients on a part of the devices. The
-    # compiler has no good way from there to layers, so they are made whole first.
     config = nnx.merge(graphdef, state, copy=True).config
+    # Where kv heads do not divide, attention may leave their gradients on a part of the devices. The
+    # compiler has no good way from there to layers, so they are made whole first; factors in the same way.
     if not divided(config, shape_of(mesh).model)["kv_heads"]:
-        for name in [name for name in KV if name in factors]:
-            pair = factors[name]
-            factors[name] = pair._replace(output_grad_LTO=_whole(pair.output_grad_LTO, mesh))
-            matrices |= {name: _whole(matrices[name], mesh)} if matrices else {}
+        matrices |= {name: _whole(matrices[name], mesh) for name in KV if name in matrices}
     factors = _where_the_passes_leave_them(factors, config, mesh)
     found: Measured = {}
     if settings.method == "dense":
@@ -125,15 +123,11 @@ def _measure_split(
     else:
         for groups in groups_at_once(settings):
             layers = settings.selection[groups[0][0]]
-            chosen_groups = [
-                (
-                    factors[names[0]].input_LTI,
-                    {name: factors[name].output_grad_LTO for name in names},
-                )
-                for names in groups
-            ]
             found |= _by_layers(
-                lambda chosen: reduce_groups(chosen, settings), chosen_groups, layers, mesh
+                lambda chosen: reduce_groups(chosen, settings),
+                paired(factors, groups),
+                layers,
+                mesh,
             )
     if all_layers_reducers(settings):
         # All layers at once: each device of "model" has whole factors of all, and does the same work.

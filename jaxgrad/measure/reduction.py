@@ -23,6 +23,8 @@ from jaxgrad.spectra import (
 # Projection -> column -> array [L, ...] of its selected layers (of a batch [B, L, ...]); besides the
 # columns, `FINITE_FLAGS`.
 Measured = dict[str, Columns]
+# An input X and, projection -> D, the output gradients that go with it.
+Group = tuple[jax.Array, dict[str, jax.Array]]
 
 
 def reduce_factors(factors: dict[str, Factors], settings: MeasureSettings) -> Measured:
@@ -30,13 +32,9 @@ def reduce_factors(factors: dict[str, Factors], settings: MeasureSettings) -> Me
     found: Measured = {}
     for groups in groups_at_once(settings):
         layers = settings.selection[groups[0][0]]
-        chosen = [
-            (
-                take_layers(factors[names[0]].input_LTI, layers),
-                {name: take_layers(factors[name].output_grad_LTO, layers) for name in names},
-            )
-            for names in groups
-        ]
+        chosen = jax.tree.map(
+            lambda array_L, layers=layers: take_layers(array_L, layers), paired(factors, groups)
+        )
         found |= reduce_groups(chosen, settings)
     return found
 
@@ -53,16 +51,20 @@ def groups_at_once(settings: MeasureSettings) -> list[list[tuple[str, ...]]]:
     return list(together.values())
 
 
+def paired(factors: dict[str, Factors], groups: list[tuple[str, ...]]) -> list[Group]:
+    """The factors of groups of projections with one input each, the input once."""
+    return [
+        (factors[names[0]].input_LTI, {name: factors[name].output_grad_LTO for name in names})
+        for names in groups
+    ]
+
+
 def shared_inputs(selection: Selection) -> list[tuple[str, ...]]:
     """Projections that share an input and the layers that are wanted of it."""
     groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = {}
     for name in selection.names:
         groups.setdefault((PROJECTIONS[name].input, selection[name]), []).append(name)
     return [tuple(names) for names in groups.values()]
-
-
-# An input X and, projection -> D, the output gradients that go with it.
-Group = tuple[jax.Array, dict[str, jax.Array]]
 
 
 def reduce_groups(groups: list[Group], settings: MeasureSettings) -> Measured:
