@@ -126,6 +126,11 @@ def make_mesh(shape: MeshShape) -> Mesh | None:
             f"--mesh={shape} takes {shape.num_devices} devices, but this process has {len(local)} "
             f"({local[0].platform}); give a smaller mesh, or auto"
         )
+    return mesh_of(shape, choices)
+
+
+def mesh_of(shape: MeshShape, choices: Mapping[int, Sequence[Any]]) -> Mesh:
+    """A mesh of given devices, or of their descriptions; arguments and errors are those of `laid_out`."""
     # Auto axes: the compiler splits the passes by the shardings of parameters and batch.
     auto = (AxisType.Auto, AxisType.Auto)
     return Mesh(laid_out(shape, choices), (DATA, MODEL), axis_types=auto)
